@@ -1,0 +1,471 @@
+"""03 - Finer steps: the ranking loss of pi-StepNFT, and the reinforcement learning iteration.
+
+02 recorded noisy denoising steps x_t -> x_next, each a draw from a Gaussian whose mean is affine in
+the velocity. So one step can be judged by itself. Mirror the trained velocity around the one that
+acted, v_pos = v_old + beta delta and v_neg = v_old - beta delta with delta = v_theta - v_old, and
+ask which of the two explains the observed x_next better:
+
+    E(v) = |x_next - mean(v)|^2 / (std^2 + eps)
+    L    = softplus(dpo_beta / 2 * y * (E_pos - E_neg)),        y = +1 success, -1 failure
+
+A success says v_pos should win, a failure says v_neg should. No critic, no likelihood of the whole
+path, one forward pass per optimisation step. At delta = 0 the loss is ln 2 and its gradient is
+REINFORCE on that one step. New since 02: the loss, the EMA (exponential moving average) that keeps
+the acting policy `old` behind the trained one, and the iteration: rollout, label, update, EMA.
+Left out of the published code: padded action dimensions, FSDP, and an off-by-one in its success
+history that labels an episode which succeeds in its very last chunk as a failure.
+
+Run:     python 03_step_loss.py            (about 40 s on two CPU cores, SFT included)
+         python 03_step_loss.py --compare  (the paper's ablations in miniature, about 15 minutes)
+Prints:  one line per evaluation, then RESULT with success before (sft) and after (stepnft).
+Saves:   runs/03_step_loss/{log.csv, learning.png, policy.pt}
+"""
+
+import argparse
+import copy
+import csv
+import importlib
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+flow = importlib.import_module("01_flow_policy")
+sde = importlib.import_module("02_sde_sampler")
+# Borrowed from 01: FlowPolicy.encode(obs) -> ctx (B, C), .velocity(x_t, t, ctx) -> (B, H, A);
+#   play(act, envs, seeds) -> (success, rows);  evaluate(policy, envs, seeds) -> success;
+#   ode_sample -> x_0 (B, H, A);  take(obs, rows), to_torch(obs, device): observation dicts;
+#   save_checkpoint(path, ...), atomic;  GapWorld, the toy world;  toy_policy, its SFT checkpoint.
+# Borrowed from 02: time_grid(K) -> (K+1,);  noise_scale(times, a) -> sigma (K,);
+#   transition(x_t, v, t_cur, t_next, sigma) -> (mean, std);
+#   sde_sample -> (x_0, path), path.x (B, K+1, H, A), path.v (B, K, H, A).
+
+# ------------------------------------------------------------------------------------------------
+# The loss of one denoising step
+
+
+def mirror(v_theta, v_old, beta, max_drift):
+    """Two velocities at equal distance from v_old, one towards v_theta and one away: (B, H, A).
+
+    delta is shortened per action, so that its norm over the action dims is at most max_drift.
+    """
+    delta = v_theta - v_old
+    norm = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)              # (B, H, 1)
+    delta = delta * (max_drift / norm.clamp(min=max_drift))
+    # v_pos = v_old + beta delta         v_neg = v_old - beta delta
+    return v_old + beta * delta, v_old - beta * delta
+
+
+def step_nft_loss(v_theta, v_old, x_t, x_next, t_cur, t_next, sigma, y, mask=None, *, beta=1.0,
+                  max_drift=0.5, dpo_beta=1.0, kl_weight=1e-4, target="next", x_0=None,
+                  form="ranking", var_eps=1e-4, corrected=True):
+    """The pi-StepNFT loss of a batch of single denoising steps -> (scalar, info of floats).
+
+    v_theta, v_old, x_t, x_next, x_0 are (B, H, A); t_cur, t_next, sigma, y are (B,);
+    mask (B, H) marks the actions that were executed. Only v_theta carries a gradient.
+    target: next      the observed x_next (the method)
+            next-mean the mean x_next would have if its endpoint x_0 were known (needs x_0)
+            endpoint  x_0 itself, compared with x0_hat = x_t - t v (needs x_0; DiffusionNFT's)
+    form:   ranking   softplus(dpo_beta / 2 * y * (E_pos - E_neg)) (the method)
+            weighted  r E_pos + (1 - r) E_neg with r = (1 + y) / 2
+            positive, negative: ranking on the successes or on the failures alone
+    """
+    assert v_theta.shape == v_old.shape == x_t.shape == x_next.shape, "expected four (B, H, A)"
+    assert y.shape == t_cur.shape == x_t.shape[:1], f"y has shape {y.shape}, expected (B,)"
+    if target != "next" and x_0 is None:
+        raise ValueError(f'target="{target}" compares with the endpoint: pass x_0')
+    v_old = v_old.detach()
+    mask = torch.ones_like(x_t[..., 0]) if mask is None else mask.to(x_t.dtype)   # (B, H)
+    t, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))         # (B, 1, 1)
+
+    def mean_std(v):
+        return sde.transition(x_t, v, t, t_next, sigma, corrected)
+
+    def error(v):
+        # E = sum over action dims of (x_next - mean(v))^2 / (std^2 + eps)
+        if target == "endpoint":
+            return (x_0 - (x_t - t * v)).pow(2).sum(-1)                           # (B, H)
+        mean, std = mean_std(v)
+        observed = x_next if target == "next" else mean_std((x_t - x_0) / t)[0]
+        return ((observed - mean).pow(2) / (std**2 + var_eps)).sum(-1)            # (B, H)
+
+    v_pos, v_neg = mirror(v_theta, v_old, beta, max_drift)
+    E_pos, E_neg = error(v_pos), error(v_neg)
+    if form == "weighted":
+        r = (1 + y[:, None]) / 2
+        loss = r * E_pos + (1 - r) * E_neg
+    else:
+        # L = softplus(dpo_beta / 2 * y * (E_pos - E_neg))
+        loss = F.softplus(dpo_beta / 2 * y[:, None] * (E_pos - E_neg))
+        if form != "ranking":
+            mask = mask * ((y > 0) if form == "positive" else (y < 0))[:, None]
+    actions = mask.sum(-1)                                                        # (B,)
+    row_loss = (loss * mask).sum(-1) / actions.clamp(min=1)
+    loss = row_loss.sum() / (actions > 0).sum().clamp(min=1)
+    drift = (v_theta - v_old).norm(dim=-1)
+    with torch.no_grad():
+        count = mask.sum().clamp(min=1)
+        info = {
+            "loss": loss, "rank_accuracy": ((y[:, None] * (E_neg - E_pos) > 0) * mask).sum() / count,
+            "margin": ((E_neg - E_pos) * y[:, None] * mask).sum() / count,
+            "drift": (drift * mask).sum() / count,
+            "clipped": ((drift > max_drift) * mask).sum() / count,
+        }
+    return loss + kl_weight * (v_theta - v_old).pow(2).mean(), info
+
+
+# ------------------------------------------------------------------------------------------------
+# One RL iteration: rollout, label, update, EMA. 03, 04 and 05 call these four.
+
+
+@torch.no_grad()
+def rollout(policy, envs, seeds, *, num_steps=4, noise_level=0.2, sampler="sde", transitions="one",
+            desc=None):
+    """Plays one noisy episode per seed with `policy` and keeps every denoising step.
+
+    Returns (success (episodes,), batch): one row per executed chunk with obs, x (K+1, H, A),
+    v (K, H, A), mask (H,), episode, and k: the denoising steps to train on, one drawn at random
+    (the paper) or all K. sampler: sde, sde-uncorrected or ode. The ODE records no noise to learn
+    from, so its x_t are fresh noisings of x_0 (DiffusionNFT's form; train with target "endpoint").
+    """
+    device, K = policy.action_centre.device, num_steps
+    times = sde.time_grid(K).to(device)
+
+    def act(obs):
+        obs = flow.to_torch(obs, device)
+        if sampler == "ode":
+            x_0 = flow.ode_sample(policy, obs, K)
+            ctx, noise = policy.encode(obs), torch.randn(len(x_0), K, *x_0.shape[1:], device=device)
+            t = times[:K, None, None]
+            x_t = (1 - t) * x_0[:, None] + t * noise
+            v = torch.stack([policy.velocity(x_t[:, k], times[k].expand(len(x_0)), ctx)
+                             for k in range(K)], 1)
+            path = sde.SamplingPath(torch.cat([x_t, x_0[:, None]], 1), v)
+        else:
+            x_0, path = sde.sde_sample(policy, obs, K, noise_level, corrected=sampler == "sde")
+        return policy.denormalise(x_0).cpu().numpy(), {"x": path.x, "v": path.v}
+
+    success, batch = flow.play(act, envs, seeds, desc)
+    rows = len(batch["x"])
+    batch["k"] = (torch.randint(K, (rows, 1)) if transitions == "one"
+                  else torch.arange(K).expand(rows, K))
+    return success, batch
+
+
+def labels(success, episode, kind="binary"):
+    """Success per episode -> y per row. binary: +-1; centered: +-1 minus the batch's mean label.
+
+    Centered labels are REINFORCE with a baseline: the rarer outcome of the two speaks louder.
+    """
+    y = torch.as_tensor(success).float() * 2 - 1
+    return (y - y.mean() if kind == "centered" else y)[episode]
+
+
+def update(policy, optimizer, batch, *, noise_level=0.2, epochs=4, minibatch=1024, grad_clip=1.0,
+           desc=None, **loss_options):
+    """Minibatch steps of the ranking loss over a labelled batch -> mean info of all steps.
+
+    One forward pass of the policy per optimisation step: encode and velocity, once each.
+    """
+    device, K = policy.action_centre.device, batch["v"].shape[1]
+    times = sde.time_grid(K)
+    sigmas = sde.noise_scale(times, noise_level)
+    infos = []
+    order = [rows for _ in range(epochs) for rows in torch.randperm(len(batch["y"])).split(minibatch)]
+    for rows in tqdm(order, desc=desc, disable=None if desc else True, leave=False):
+        k = batch["k"][rows]                                        # (b, 1) or (b, K)
+        steps = k.shape[1]
+
+        def each(z):                                                # (b, ...) -> (b * steps, ...)
+            return z[rows].repeat_interleave(steps, 0).to(device)
+
+        def at(z, k):                                               # the k-th entries, flattened
+            return z[rows[:, None], k].flatten(0, 1).to(device)
+
+        x_t, x_next, v_old = at(batch["x"], k), at(batch["x"], k + 1), at(batch["v"], k)
+        t_cur, t_next, sigma = (z.flatten().to(device) for z in (times[k], times[k + 1], sigmas[k]))
+        ctx = policy.encode(flow.to_torch(flow.take(batch["obs"], rows), device))
+        v_theta = policy.velocity(x_t, t_cur, ctx.repeat_interleave(steps, 0))
+        loss, info = step_nft_loss(v_theta, v_old, x_t, x_next, t_cur, t_next, sigma,
+                                   each(batch["y"]), each(batch["mask"]),
+                                   x_0=each(batch["x"][:, -1]), **loss_options)
+        optimizer.zero_grad()
+        loss.backward()
+        info["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
+        optimizer.step()
+        infos.append(torch.stack([v.detach() for v in info.values()]))
+    return dict(zip(info, torch.stack(infos).mean(0).tolist()))
+
+
+def ema_decay(step, total, start=0.1, end=0.995):
+    """alpha at an iteration: a half cosine from start (old follows at once) to end (old rests)."""
+    # alpha = end - (end - start) (1 + cos(pi step / total)) / 2
+    return end - (end - start) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+@torch.no_grad()
+def ema_update(old, new, decay):
+    """old <- decay old + (1 - decay) new, for every parameter of the two policies."""
+    for p_old, p_new in zip(old.parameters(), new.parameters()):
+        p_old.lerp_(p_new, 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------
+# Flags and logs that 04 and 05 use as well
+
+
+def add_method_flags(parser, **defaults):
+    """One flag per choice of the method: the paper's values unless a script says otherwise."""
+    group = parser.add_argument_group("method (each flag is one of the paper's ablations)")
+    add = group.add_argument
+    add("--rollout", default="sde", choices=["sde", "sde-uncorrected", "ode"],
+        help="sampler that acts in training; ode needs --target endpoint")
+    add("--target", default="next", choices=["next", "next-mean", "endpoint"],
+        help="what the two branches must explain: the observed next step, its mean, or x_0")
+    add("--loss", default="ranking", choices=["ranking", "weighted", "positive", "negative"],
+        help="weighted: weighted MSE; positive/negative: ranking on one outcome alone")
+    add("--labels", default="binary", choices=["binary", "centered"],
+        help="centered: minus the batch mean, a baseline without a critic")
+    add("--transitions", default="one", choices=["one", "all"],
+        help="train on one random denoising step per chunk, or on all K")
+    add("--noise-level", type=float, default=0.2, help="a, width of the exploration")
+    add("--num-steps", type=int, default=4, help="K, denoising steps")
+    add("--beta", type=float, default=1.0, help="distance of the branches, in units of delta")
+    add("--max-drift", type=float, default=0.5, help="longest delta, per action, in flow units")
+    add("--dpo-beta", type=float, default=1.0, help="slope of the ranking loss")
+    add("--ema", type=float, nargs=2, default=[0.1, 0.995], metavar=("START", "END"),
+        help="how slowly the acting policy follows the trained one, first and last iteration")
+    parser.set_defaults(**defaults)
+
+
+def check_method(args):
+    """The two combinations that cannot work, told before anything is trained."""
+    if args.rollout == "ode" and args.target != "endpoint":
+        raise SystemExit("--rollout ode records no noise to learn from: add --target endpoint")
+    if args.noise_level <= 0 and args.rollout != "ode":
+        raise SystemExit("--noise-level 0 has no exploration: use --rollout ode --target endpoint")
+
+
+def method(args):
+    """The flags as keyword arguments: (of rollout, of update)."""
+    acting = dict(num_steps=args.num_steps, noise_level=args.noise_level, sampler=args.rollout,
+                  transitions=args.transitions)
+    learning = dict(noise_level=args.noise_level, beta=args.beta, max_drift=args.max_drift,
+                    dpo_beta=args.dpo_beta, target=args.target, form=args.loss,
+                    corrected=args.rollout != "sde-uncorrected")
+    return acting, learning
+
+
+def log_row(path, row):
+    """Appends a dict to a csv, with a header when the file is new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_log(path):
+    """The csv as {column: array}; empty cells (iterations without evaluation) become nan."""
+    rows = read_rows(path)
+    return {k: np.array([float(r[k] or "nan") for r in rows]) for k in rows[0]}
+
+
+def draw_learning(log, success_ax, loss_ax):
+    """Success and loss against episodes played."""
+    seen = ~np.isnan(log["eval_ode"])
+    success_ax.plot(log["episodes"], log["train_sde"], color="0.6", lw=1, label="old policy, SDE")
+    success_ax.plot(log["episodes"][seen], log["eval_ode"][seen], "o-", ms=3, color="#0072b2",
+                    label="trained policy, ODE")
+    success_ax.set(xlabel="training episodes", ylabel="success", ylim=(0, 1.02))
+    success_ax.legend(frameon=False)
+    loss_ax.plot(log["episodes"], log["loss"], color="#d55e00", lw=1)
+    loss_ax.axhline(math.log(2), color="0.6", ls="--", label="ln 2: the branches tie")
+    loss_ax.set(xlabel="training episodes", ylabel="loss")
+    loss_ax.legend(frameon=False)
+
+
+# ------------------------------------------------------------------------------------------------
+# The method on the toy world
+
+
+def train_toy(args, log=None, progress=None):
+    """SFT -> pi-StepNFT on the toy world -> (SFT policy, trained policy, success of both)."""
+    sft = flow.toy_policy(args.seed)
+    torch.manual_seed(args.seed)
+    policy, old = copy.deepcopy(sft), copy.deepcopy(sft)  # policy learns, old acts
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
+    acting, learning = method(args)
+    envs, test = flow.GapWorld(args.episodes), flow.GapWorld(1000)
+    test_seeds = range(flow.EVAL_SEED, flow.EVAL_SEED + 1000)  # training seeds start at 2 EVAL_SEED
+    before = rate = flow.evaluate(sft, test, test_seeds, args.num_steps).mean()
+    bar = tqdm(range(args.iterations), desc="pi-StepNFT", disable=progress)
+    for iteration in bar:
+        seeds = np.arange(args.episodes) + iteration * args.episodes
+        success, batch = rollout(old, envs, seeds + (2 + args.seed) * flow.EVAL_SEED, **acting)
+        batch["y"] = labels(success, batch["episode"], args.labels)
+        info = update(policy, optimizer, batch, epochs=4, minibatch=512, **learning)
+        alpha = ema_decay(iteration, args.iterations, *args.ema)
+        ema_update(old, policy, alpha)
+        evaluating = (iteration + 1) % 10 == 0 or iteration + 1 == args.iterations
+        if evaluating:
+            rate = flow.evaluate(policy, test, test_seeds, args.num_steps).mean()
+            bar.set_postfix(sft=f"{before:.3f}", now=f"{rate:.3f}")
+        if log:
+            log_row(log, {"iteration": iteration, "episodes": (iteration + 1) * args.episodes,
+                          "train_sde": success.mean(), "eval_ode": rate if evaluating else "",
+                          **info, "alpha": alpha})
+    return sft, policy, before, rate
+
+
+# The paper's Figures 2-4 in miniature: figure, variant, flags, the paper's success at step 200
+# (LIBERO-Object task 0, read off its plots; None: not in the paper).
+VARIANTS = [
+    ("rollout", "SDE corrected", "--target endpoint", 0.83),
+    ("rollout", "SDE uncorrected", "--target endpoint --rollout sde-uncorrected", 0.53),
+    ("rollout", "ODE", "--target endpoint --rollout ode", 0.76),
+    ("target", "next step", "", 0.945),
+    ("target", "next step's mean", "--target next-mean", 0.85),
+    ("target", "endpoint", "--target endpoint", 0.0),
+    ("target", "endpoint, slow EMA", "--target endpoint --ema 0.9 0.995", 0.83),
+    ("loss", "ranking", "", 0.945),
+    ("loss", "weighted MSE", "--loss weighted", 0.91),
+    ("loss", "positive only", "--loss positive", 0.90),
+    ("loss", "negative only", "--loss negative", 0.81),
+    ("noise level", "0.05", "--noise-level 0.05", 0.92),
+    ("noise level", "0.1", "--noise-level 0.1", 0.90),
+    ("noise level", "0.2", "", 0.945),
+    ("noise level", "0.3", "--noise-level 0.3", 0.79),
+    ("noise level", "0.5", "--noise-level 0.5", 0.80),
+    ("beta", "0.1", "--beta 0.1", 0.985),
+    ("beta", "1", "", 0.945),
+    ("beta", "5", "--beta 5", 0.79),
+    ("EMA", "0.1 to 0.995", "", None),
+    ("EMA", "0.1 fixed", "--ema 0.1 0.1", None),
+    ("EMA", "0.9 fixed", "--ema 0.9 0.9", None),
+    ("beyond", "one step, binary", "", None),
+    ("beyond", "all K steps", "--transitions all", None),
+    ("beyond", "centered labels", "--labels centered", None),
+]
+
+
+def one_run(argv):
+    """A worker of --compare: flags -> (success of SFT, success after)."""
+    torch.set_num_threads(1)
+    *_, sft, stepnft = train_toy(parse_args(argv), progress=True)
+    return argv, sft, stepnft
+
+
+def compare(args):
+    """Runs every variant with every seed; rows already in the csv are kept, so it can resume."""
+    path = Path(args.out) / "compare.csv"
+    done = {(r["flags"], r["seed"]) for r in read_rows(path)} if path.exists() else set()
+    jobs = []
+    for seed in map(str, range(args.seed, args.seed + args.compare)):
+        flow.toy_policy(int(seed))                   # SFT once, before the workers need it
+        for flags in dict.fromkeys(flags for _, _, flags, _ in VARIANTS):
+            if (flags, seed) not in done:
+                size = f"--seed {seed} --iterations {args.iterations} --episodes {args.episodes}"
+                jobs.append(f"{size} --lr {args.lr} {flags}".split())
+    try:
+        with torch.multiprocessing.get_context("spawn").Pool(len(os.sched_getaffinity(0))) as pool:
+            for argv, sft, stepnft in tqdm(pool.imap_unordered(one_run, jobs), total=len(jobs),
+                                           desc="compare", disable=None):
+                log_row(path, {"flags": " ".join(argv[8:]), "seed": argv[1], "sft": sft,
+                               "stepnft": stepnft})
+    except KeyboardInterrupt:
+        print(f"stopped: the table is partial, the same command continues {path}")
+    summary = summarise(read_rows(path))
+    print(f"{'figure':<12} {'variant':<19} {'SFT':>6} {'after':>6} {'95 %':>6} {'seeds':>5} {'paper':>6}")
+    for row in summary:
+        print("{figure:<12} {variant:<19} {sft:6.3f} {after:6.3f} {half:6.3f} {seeds:5d} "
+              "{paper:>6}".format(**row))
+    for number, figures in ((2, ("rollout",)), (3, ("target", "loss")),
+                            (4, ("noise level", "beta"))):
+        draw_bars([r for r in summary if r["figure"] in figures],
+                  Path(args.out) / f"compare_figure{number}.png")
+    print(f"saved {path} and compare_figure2.png to compare_figure4.png beside it")
+    print(f"RESULT variants={len(summary)} runs={sum(1 for _ in read_rows(path))}")
+
+
+def summarise(rows):
+    """csv rows -> per variant the mean over seeds and the half-width of its 95 % t-interval."""
+    t_quantile = [math.nan, math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
+    summary = []
+    for figure, variant, flags, paper in VARIANTS:
+        runs = [r for r in rows if r["flags"] == flags]
+        if runs:
+            after = np.array([float(r["stepnft"]) for r in runs])
+            error = after.std(ddof=1) / len(after) ** 0.5 if len(after) > 1 else math.nan
+            summary.append({"figure": figure, "variant": variant, "after": after.mean(),
+                            "half": t_quantile[min(len(after), 10)] * error, "seeds": len(after),
+                            "sft": np.mean([float(r["sft"]) for r in runs]), "paper": paper or "-"})
+    return summary
+
+
+def draw_bars(rows, path):
+    fig, ax = flow.pyplot().subplots(figsize=(1.3 * len(rows) + 2, 3.5), layout="constrained")
+    x = np.arange(len(rows))
+    ax.bar(x, [r["after"] for r in rows], yerr=[r["half"] for r in rows], color="#0072b2",
+           capsize=3, width=0.6, label="this world, after RL (95 % over seeds)")
+    ax.axhline(rows[0]["sft"], color="0.5", ls="--", label="this world, SFT")
+    paper = [(i, r["paper"]) for i, r in enumerate(rows) if r["paper"] != "-"]
+    ax.plot(*zip(*paper), "D", color="#d55e00", label="paper, LIBERO-Object task 0")
+    ax.set_xticks(x, [f"{r['figure']}\n{r['variant']}" for r in rows], fontsize=7)
+    ax.set(ylabel="success", ylim=(0, 1.05))
+    ax.legend(fontsize=7, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    fig.savefig(path, dpi=120)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="seed of SFT, rollouts and updates")
+    add("--iterations", type=int, default=160, help="RL iterations")
+    add("--episodes", type=int, default=512, help="episodes per iteration")
+    add("--lr", type=float, default=1e-3, help="Adam's learning rate")
+    add("--compare", type=int, default=0, metavar="SEEDS",
+        help="run every ablation with this many seeds, e.g. 3")
+    add("--out", default="runs/03_step_loss", help="folder of logs, figures and checkpoint")
+    add_method_flags(parser)
+    args = parser.parse_args(argv)
+    check_method(args)
+    return args
+
+
+def main():
+    args, start = parse_args(), time.time()
+    print(" ".join(f"{k}={v}" for k, v in vars(args).items()))
+    if args.compare:
+        return compare(args)
+    out = Path(args.out)
+    (out / "log.csv").unlink(missing_ok=True)
+    sft, policy, before, after = train_toy(args, out / "log.csv")
+    flow.save_checkpoint(out / "policy.pt", config=policy.config, policy=policy.state_dict())
+    fig, axes = flow.pyplot().subplots(2, 2, figsize=(10, 9), layout="constrained")
+    seeds = range(flow.EVAL_SEED, flow.EVAL_SEED + 40)
+    flow.draw_rollouts(axes[0, 0], sft, seeds, "before (SFT)", args.num_steps)
+    flow.draw_rollouts(axes[0, 1], policy, seeds, "after (pi-StepNFT)", args.num_steps)
+    draw_learning(read_log(out / "log.csv"), *axes[1])
+    fig.savefig(out / "learning.png", dpi=120)
+    print(f"success on 1000 wide starts, ODE: SFT {before:.3f} -> trained policy {after:.3f}")
+    print(f"saved {out}/log.csv, learning.png, policy.pt")
+    print(f"RESULT sft={before:.3f} stepnft={after:.3f} "
+          f"episodes={args.iterations * args.episodes} seconds={time.time() - start:.0f}")
+
+
+if __name__ == "__main__":
+    main()
