@@ -239,7 +239,11 @@ def play(act, envs, seeds, desc=None):
             break
         obs = to_torch(obs)
         actions, record = act(obs)
-        next_obs, _, terminated, truncated, info = envs.step(actions)
+        try:
+            next_obs, _, terminated, truncated, info = envs.step(actions)
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError(f"a simulator process died; seeds in play: "
+                               f"{[seeds[e] for e in episode if e >= 0]}") from error
         playing = torch.from_numpy(np.flatnonzero(episode >= 0))
         mask = torch.arange(actions.shape[1]) < torch.as_tensor(info["executed"])[:, None]
         row = {**record, "episode": torch.from_numpy(episode.copy()), "mask": mask}

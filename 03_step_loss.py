@@ -30,6 +30,7 @@ import os
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -213,6 +214,51 @@ def ema_update(old, new, decay):
     """old <- decay old + (1 - decay) new, for every parameter of the two policies."""
     for p_old, p_new in zip(old.parameters(), new.parameters()):
         p_old.lerp_(p_new, 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------
+# Simulators in worker processes, for 04 and 05
+
+
+class ChunkEnv(gym.Env):
+    """One simulator as a gymnasium Env whose action is a chunk (H, A), observed once at its end.
+
+    make_sim() -> sim with reset(seed), advance(action) -> success, observe() -> obs dict. It is
+    called at the first reset, so that only worker processes ever load a simulator.
+    """
+
+    def __init__(self, make_sim, observation_space, action_dim, max_steps, horizon):
+        self.make_sim, self.sim, self.max_steps = make_sim, None, max_steps
+        self.observation_space = observation_space
+        self.action_space = gym.spaces.Box(-1, 1, (horizon, action_dim))
+        self.steps, self.over, self.obs = 0, True, None
+
+    def reset(self, *, seed=None, options=None):
+        if self.sim is None:
+            torch.set_num_threads(1)
+            self.sim = self.make_sim()
+        self.sim.reset(seed)
+        self.steps, self.over, self.obs = 0, False, self.sim.observe()
+        return self.obs, {}
+
+    def step(self, chunk):
+        """Stops inside the chunk at success or at the time limit; does nothing once it is over."""
+        executed, success = 0, False
+        while executed < len(chunk) and not self.over:
+            success = bool(self.sim.advance(chunk[executed]))
+            executed += 1
+            self.steps += 1
+            self.over = success or self.steps >= self.max_steps
+        if executed:
+            self.obs = self.sim.observe()
+        info = {"executed": executed, "success": success}
+        return self.obs, float(success), success, self.over and not success, info
+
+
+def worker_envs(make_env, num_envs):
+    """num_envs simulators in a process each: a gymnasium VectorEnv for `play`."""
+    return gym.vector.AsyncVectorEnv([make_env] * num_envs, context="spawn",
+                                     autoreset_mode=gym.vector.AutoresetMode.DISABLED)
 
 
 # ------------------------------------------------------------------------------------------------

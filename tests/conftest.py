@@ -1,0 +1,126 @@
+"""What several test files share: the way to the scripts, two policies known in closed form, and a
+runner for the scripts."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random streams, whatever ran before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
+class MixtureFlow:
+    """The exact velocity field of data whose entries are independent draws of a Gaussian mixture.
+
+    Not a FlowPolicy: it offers what ode_sample and sde_sample need, and nothing is learned. Given
+    its component, x_t is N((1 - t) m, (1 - t)^2 s^2 + t^2) and (x_0, x_1) is jointly Gaussian with
+    it, so v = E[x_1 - x_0 | x_t] is a posterior-weighted sum of linear functions of x_t.
+    """
+
+    def __init__(self, weights, means, stds, horizon=1, action_dim=1):
+        self.weights, self.means, self.stds = (torch.tensor(z).double() for z in
+                                               (weights, means, stds))
+        self.horizon, self.action_dim = horizon, action_dim
+
+    def components(self, t):
+        """Means and variances of x_t, one per component."""
+        return (1 - t) * self.means, (1 - t)**2 * self.stds**2 + t**2
+
+    def encode(self, obs):
+        return torch.zeros(len(obs["state"]), 0)
+
+    def velocity(self, x_t, t, ctx):
+        t = t.double()[:, None, None, None]
+        x = x_t.double()[..., None]                                        # (B, H, A, components)
+        mean, var = self.components(t)
+        posterior = (self.weights.log() + torch.distributions.Normal(mean, var.sqrt()).log_prob(x)
+                     ).softmax(-1)
+        x0_hat = self.means + (1 - t) * self.stds**2 / var * (x - mean)
+        x1_hat = t / var * (x - mean)
+        return (posterior * (x1_hat - x0_hat)).sum(-1).to(x_t.dtype)
+
+    def cdf(self, t):
+        """The distribution function of one entry of x_t, as scipy.stats.kstest wants it."""
+        mean, var = self.components(t)
+        normal = torch.distributions.Normal(mean, var.sqrt())
+        return lambda x: (self.weights * normal.cdf(torch.from_numpy(x)[:, None])).sum(-1).numpy()
+
+
+class Scripted:
+    """A policy that is not a FlowPolicy: its velocity points exactly at the chunk of a script.
+
+    It offers encode, velocity, denormalise, horizon, action_dim and action_centre, nothing else:
+    what a foreign policy must bring to be driven by ode_sample, sde_sample, rollout and evaluate.
+    """
+
+    def __init__(self, script, horizon, action_dim=2):
+        self.script, self.horizon, self.action_dim = script, horizon, action_dim
+        self.action_centre = torch.zeros(action_dim)
+
+    def encode(self, obs):
+        return torch.as_tensor(self.script(obs["state"].numpy())).flatten(1).float()    # (B, H A)
+
+    def velocity(self, x_t, t, ctx):
+        # all paths end in the chunk x_0, so x_t = (1 - t) x_0 + t x_1 gives v = (x_t - x_0) / t
+        return (x_t - ctx.view_as(x_t)) / t[:, None, None]
+
+    def denormalise(self, x_0):
+        return x_0
+
+
+def run_script(name, *flags, cwd, ok=True):
+    """Runs a script of the repo in another folder, on one core; checks its exit status."""
+    done = subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], cwd=cwd, text=True,
+                          capture_output=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+def result_line(done):
+    """The last line of a run, `RESULT name=number ...`, as a dict."""
+    word, *pairs = done.stdout.strip().splitlines()[-1].split()
+    assert word == "RESULT"
+    return {name: float(number) for name, number in (pair.split("=") for pair in pairs)}
+
+
+def one_clear_line(done):
+    """What a failed run told its user: exactly one line, no traceback."""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def sft_folder(tmp_path_factory):
+    """A folder that holds runs/01_flow_policy with a barely trained policy, where 02 and 03 look."""
+    flow, folder = importlib.import_module("01_flow_policy"), tmp_path_factory.mktemp("sft")
+    train = flow.train_sft
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flow, "train_sft", lambda policy, obs, chunks, steps: train(
+            policy, obs, chunks, 100))
+        patch.chdir(folder)
+        flow.toy_policy(seed=0)
+    return folder
+
+
+@pytest.fixture
+def workplace(sft_folder, tmp_path):
+    """A fresh copy of that folder to run a script in."""
+    shutil.copytree(sft_folder, tmp_path, dirs_exist_ok=True)
+    return tmp_path
