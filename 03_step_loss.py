@@ -158,13 +158,29 @@ def rollout(policy, envs, seeds, *, num_steps=4, noise_level=0.2, sampler="sde",
     return success, batch
 
 
-def labels(success, episode, kind="binary"):
-    """Success per episode -> y per row. binary: +-1; centered: +-1 minus the batch's mean label.
+def labels(success, episode, kind="binary", group_size=8):
+    """Success per episode -> y per row. binary (paper): +1 success, -1 failure.
 
-    Centered labels are REINFORCE with a baseline: the rarer outcome of the two speaks louder.
+    centered: minus the batch's mean label, REINFORCE's baseline: the rarer outcome speaks louder.
+    grouped:  minus the mean of the group_size episodes that share a start (GRPO's baseline): a start
+              that always fails or always succeeds gets y = 0 and teaches nothing.
     """
-    y = torch.as_tensor(success).float() * 2 - 1
-    return (y - y.mean() if kind == "centered" else y)[episode]
+    y = torch.as_tensor(success).float() * 2 - 1                   # (episodes,)
+    if kind == "centered":
+        y = y - y.mean()
+    if kind == "grouped":
+        groups = y.view(-1, group_size)
+        y = (groups - groups.mean(1, keepdim=True)).flatten()
+    return y[episode]
+
+
+def start_seeds(first, episodes, kind="binary", group_size=8):
+    """The seeds of one iteration: all different, or with grouped labels each one group_size times."""
+    if kind != "grouped":
+        return np.arange(first, first + episodes)
+    if episodes % group_size:
+        raise ValueError(f"--episodes {episodes} is no multiple of the group size {group_size}")
+    return np.repeat(np.arange(first, first + episodes // group_size), group_size)
 
 
 def update(policy, optimizer, batch, *, noise_level=0.2, epochs=4, minibatch=1024, grad_clip=1.0,
@@ -275,8 +291,8 @@ def add_method_flags(parser, **defaults):
         help="what the two branches must explain: the observed next step, its mean, or x_0")
     add("--loss", default="ranking", choices=["ranking", "weighted", "positive", "negative"],
         help="weighted: weighted MSE; positive/negative: ranking on one outcome alone")
-    add("--labels", default="binary", choices=["binary", "centered"],
-        help="centered: minus the batch mean, a baseline without a critic")
+    add("--labels", default="binary", choices=["binary", "centered", "grouped"],
+        help="y = +-1; minus the batch's mean; minus the mean of 8 episodes from the same start")
     add("--transitions", default="one", choices=["one", "all"],
         help="train on one random denoising step per chunk, or on all K")
     add("--noise-level", type=float, default=0.2, help="a, width of the exploration")
@@ -359,8 +375,9 @@ def train_toy(args, log=None, progress=None):
     before = rate = flow.evaluate(sft, test, test_seeds, args.num_steps).mean()
     bar = tqdm(range(args.iterations), desc="pi-StepNFT", disable=progress)
     for iteration in bar:
-        seeds = np.arange(args.episodes) + iteration * args.episodes
-        success, batch = rollout(old, envs, seeds + (2 + args.seed) * flow.EVAL_SEED, **acting)
+        first = (2 + args.seed) * flow.EVAL_SEED + iteration * args.episodes
+        seeds = start_seeds(first, args.episodes, args.labels)
+        success, batch = rollout(old, envs, seeds, **acting)
         batch["y"] = labels(success, batch["episode"], args.labels)
         info = update(policy, optimizer, batch, epochs=4, minibatch=512, **learning)
         alpha = ema_decay(iteration, args.iterations, *args.ema)
@@ -404,6 +421,7 @@ VARIANTS = [
     ("beyond", "one step, binary", "", None),
     ("beyond", "all K steps", "--transitions all", None),
     ("beyond", "centered labels", "--labels centered", None),
+    ("beyond", "grouped labels", "--labels grouped", None),
 ]
 
 

@@ -197,14 +197,15 @@ class ManiSkillSim:
             joint._objs[0].set_drive_target(opening[0])
 
     def observe(self):
-        """{"state": (n, 11)}: hand x y z, gripper opening, cube x y z, goal x y z, grasped.
+        """{"state": (n, 11)}: hand x y z, gripper opening, cube - hand, goal - cube, grasped.
 
-        No quaternions: the hand always points down, where their signs flip at random.
+        Offsets generalise over the table where poses would have to be seen everywhere. No
+        quaternions: the hand always points down, where their signs flip at random.
         """
         env = self.env
         hand, cube, goal = env.agent.tcp_pos, env.cube.pose.p, env.goal_site.pose.p
         opening = env.agent.robot.get_qpos()[:, -2:].sum(1, keepdim=True)
-        state = [hand, opening, cube, goal, self.info["is_grasped"][:, None].float()]
+        state = [hand, opening, cube - hand, goal - cube, self.info["is_grasped"][:, None].float()]
         return {"state": torch.cat(state, dim=1).float().cpu().numpy()}
 
 
@@ -269,8 +270,7 @@ def make_envs(args):
 
 def expert(state):
     """Above the cube, down, close, carry to the goal: state (n, 11) -> action (n, 4)."""
-    hand, cube, goal, grasped = state[:, :3], state[:, 4:7], state[:, 7:10], state[:, 10:] > 0
-    to_cube, to_goal = cube - hand, goal - cube
+    to_cube, to_goal, grasped = state[:, 4:7], state[:, 7:10], state[:, 10:] > 0
     over = np.linalg.norm(to_cube[:, :2], axis=1, keepdims=True) < 0.012
     there = np.linalg.norm(to_cube, axis=1, keepdims=True) < 0.012
     above = to_cube + np.float32([0, 0, 0.05])
@@ -337,7 +337,8 @@ def train(args, envs, out, device):
     while state["iteration"] < args.iterations:
         start, i = time.time(), state["iteration"]
         first = TRAIN + args.seed * 1_000_000 + i * args.episodes
-        success, batch = nft.rollout(old, envs, range(first, first + args.episodes), **acting,
+        seeds = nft.start_seeds(first, args.episodes, args.labels)
+        success, batch = nft.rollout(old, envs, seeds, **acting,
                                      desc=f"iteration {i + 1}/{args.iterations}")
         played = time.time()
         batch["y"] = nft.labels(success, batch["episode"], args.labels)
@@ -404,7 +405,8 @@ def parse_args():
     add("--out", default="runs/05_train_maniskill", help="folder of logs and checkpoints")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--eval-only", metavar="CHECKPOINT", help="test this policy and stop")
-    nft.add_method_flags(parser, transitions="all", labels="centered")
+    nft.add_method_flags(parser, transitions="all", labels="grouped", noise_level=0.3,
+                         ema=[0.1, 0.5])
     args = parser.parse_args()
     nft.check_method(args)
     args.backend = args.backend or ("physx_cuda" if args.device == "cuda" else "physx_cpu")

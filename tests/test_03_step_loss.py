@@ -10,6 +10,7 @@ import sys
 import tempfile
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -722,6 +723,75 @@ def test_train_toy_acts_with_the_ema_policy_on_fresh_seeds():
     for success, batch in labelled:
         expected = [1 if success[e] else -1 for e in batch["episode"].tolist()]
         assert batch["y"].tolist() == expected
+
+
+# ------------------------------------------------------------------------------------------------
+# Simulators behind chunks
+
+
+class Countdown:
+    """A simulator that succeeds at the step its seed says, and counts how often it is observed."""
+
+    def reset(self, seed):
+        self.seed, self.step, self.looks = seed, 0, 0
+
+    def advance(self, action):
+        self.step += 1
+        assert action.shape == (1,)
+        return self.step == self.seed
+
+    def observe(self):
+        self.looks += 1
+        return {"state": np.array([self.step, self.seed], np.float32)}
+
+
+def countdown_env(max_steps=10, horizon=4):
+    space = gym.spaces.Dict({"state": gym.spaces.Box(-np.inf, np.inf, (2,))})
+    return loss.ChunkEnv(Countdown, space, 1, max_steps, horizon)
+
+
+@pytest.mark.parametrize("horizon", [1, 4, 5])
+def test_a_chunk_stops_at_success_or_at_the_time_limit(horizon):
+    """Success at step 1 to 12 of at most 10, so the last two time out; the 10th just makes it."""
+    for arrival in range(1, 13):
+        env, step, chunks = countdown_env(10, horizon), 0, 0
+        env.reset(seed=arrival)
+        terminated = truncated = False
+        while not (terminated or truncated):
+            obs, reward, terminated, truncated, info = env.step(np.zeros((horizon, 1)))
+            end = min(step + horizon, arrival, 10)
+            assert info["executed"] == end - step and obs["state"][0] == end
+            assert terminated == info["success"] == (reward == 1) == (end == arrival)
+            assert truncated == (end == 10 and arrival != 10)
+            step, chunks = end, chunks + 1
+        assert env.sim.looks == 1 + chunks                      # observed once a chunk, not a step
+        *_, info = env.step(np.zeros((horizon, 1)))             # over: nothing moves any more
+        assert info == {"executed": 0, "success": False} and env.sim.step == step
+        assert env.sim.looks == 1 + chunks
+
+
+def test_a_simulator_is_built_at_the_first_reset_and_only_once():
+    built = []
+    env = countdown_env()
+    env.make_sim = lambda: built.append(1) or Countdown()
+    assert not built
+    for seed in (3, 4):
+        assert env.reset(seed=seed)[0]["state"].tolist() == [0, seed]
+    assert built == [1]
+
+
+def test_worker_processes_play_the_same_episodes():
+    """Two workers, five seeds through play: successes, masks and observations of every chunk."""
+    envs, seeds = loss.worker_envs(countdown_env, 2), [2, 11, 7, 10, 4]
+    try:
+        success, rows = flow.play(lambda obs: (np.zeros((2, 4, 1), np.float32), {}), envs, seeds)
+    finally:
+        envs.close()
+    assert success.tolist() == [True, False, True, True, True]
+    for e, seed in enumerate(seeds):
+        mine, end = rows["episode"] == e, min(seed, 10)
+        assert rows["obs"]["state"][mine].tolist() == [[s, seed] for s in range(0, end, 4)]
+        assert rows["mask"][mine].flatten().tolist() == [i < end for i in range(-(-end // 4) * 4)]
 
 
 # ------------------------------------------------------------------------------------------------
