@@ -323,7 +323,8 @@ class GapWorld(gym.vector.VectorEnv):
 
     def step(self, chunks):
         """chunks (N, H, 2) -> gymnasium's five; a crash terminates without success."""
-        success, executed = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, int)
+        success, terminated = np.zeros((2, self.num_envs), bool)
+        executed = np.zeros(self.num_envs, int)
         for h in range(self.horizon):
             live = ~self.over
             move = self.speed * np.clip(chunks[:, h], -1, 1) * live[:, None]
@@ -337,10 +338,11 @@ class GapWorld(gym.vector.VectorEnv):
             executed += live
             arrived = np.linalg.norm(new - self.goal, axis=1) < self.goal_radius
             success |= live & arrived
-            self.over = self.over | crashed | arrived | (self.steps >= self.max_steps)
-        terminated = self.over & (success | (self.steps < self.max_steps))
+            terminated |= live & (crashed | arrived)
+            self.over = self.over | terminated | (self.steps >= self.max_steps)
+        truncated = self.over & ~terminated & (executed > 0)
         info = {"success": success, "executed": executed}
-        return self.observe(), success * 1.0, terminated, self.over & ~terminated, info
+        return self.observe(), success * 1.0, terminated, truncated, info
 
 
 def expert_chunk(state, horizon):
@@ -348,7 +350,8 @@ def expert_chunk(state, horizon):
     position, gap_y, chunk = state[:, :2].copy(), state[:, 2], []
     for _ in range(horizon):
         mouth, behind = (np.column_stack([np.full_like(gap_y, x), gap_y]) for x in (-0.12, 0.12))
-        before = position[:, :1] < -0.13
+        off = np.abs(position[:, 1] - gap_y)[:, None] > 0.03
+        before = (position[:, :1] < -0.13) | (position[:, :1] < 0) & off
         inside = (position[:, :1] < 0.1) & ~before
         target = np.where(before, mouth, np.where(inside, behind, GapWorld.goal))
         step = np.clip((target - position) / GapWorld.speed, -1, 1)

@@ -171,13 +171,13 @@ def main():
 
 
 def figure(fans, noise_levels, path):
-    """The fans: where 200 sampled chunks would carry the robot, open loop, from one start."""
+    """The fans: where up to 200 sampled chunks would carry the robot, open loop, from one start."""
     fig, axes = flow.pyplot().subplots(2, len(noise_levels), figsize=(2.6 * len(noise_levels), 5),
                                        sharex=True, sharey=True, layout="constrained", squeeze=False)
     for ax_row, name in zip(axes, ("corrected", "uncorrected")):
         for ax, noise_level in zip(ax_row, noise_levels):
             chunks = fans[noise_level, name if noise_level else "corrected"]
-            walks = torch.cat([torch.zeros(200, 1, 2), chunks.cumsum(1)], 1) * flow.GapWorld.speed
+            walks = torch.cat([torch.zeros(len(chunks), 1, 2), chunks.cumsum(1)], 1) * flow.GapWorld.speed
             for walk in walks.numpy() + np.array([-0.8, 0.5]):
                 ax.plot(*walk.T, color="#0072b2" if name == "corrected" else "#d55e00",
                         lw=0.6, alpha=0.3)

@@ -307,7 +307,7 @@ def add_method_flags(parser, **defaults):
 
 def check_method(args):
     """The two combinations that cannot work, told before anything is trained."""
-    if args.rollout == "ode" and args.target != "endpoint":
+    if args.rollout == "ode" and args.target == "next":
         raise SystemExit("--rollout ode records no noise to learn from: add --target endpoint")
     if args.noise_level <= 0 and args.rollout != "ode":
         raise SystemExit("--noise-level 0 has no exploration: use --rollout ode --target endpoint")
@@ -399,6 +399,9 @@ VARIANTS = [
     ("rollout", "SDE corrected", "--target endpoint", 0.83),
     ("rollout", "SDE uncorrected", "--target endpoint --rollout sde-uncorrected", 0.53),
     ("rollout", "ODE", "--target endpoint --rollout ode", 0.76),
+    ("same, mean", "SDE corrected", "--target next-mean", None),
+    ("same, mean", "SDE uncorrected", "--target next-mean --rollout sde-uncorrected", None),
+    ("same, mean", "ODE", "--target next-mean --rollout ode", None),
     ("target", "next step", "", 0.945),
     ("target", "next step's mean", "--target next-mean", 0.85),
     ("target", "endpoint", "--target endpoint", 0.0),
@@ -456,7 +459,7 @@ def compare(args):
     for row in summary:
         print("{figure:<12} {variant:<19} {sft:6.3f} {after:6.3f} {half:6.3f} {seeds:5d} "
               "{paper:>6}".format(**row))
-    for number, figures in ((2, ("rollout",)), (3, ("target", "loss")),
+    for number, figures in ((2, ("rollout", "same, mean")), (3, ("target", "loss")),
                             (4, ("noise level", "beta"))):
         draw_bars([r for r in summary if r["figure"] in figures],
                   Path(args.out) / f"compare_figure{number}.png")
@@ -475,7 +478,7 @@ def summarise(rows):
             error = after.std(ddof=1) / len(after) ** 0.5 if len(after) > 1 else math.nan
             summary.append({"figure": figure, "variant": variant, "after": after.mean(),
                             "half": t_quantile[min(len(after), 10)] * error, "seeds": len(after),
-                            "sft": np.mean([float(r["sft"]) for r in runs]), "paper": paper or "-"})
+                            "sft": np.mean([float(r["sft"]) for r in runs]), "paper": "-" if paper is None else paper})
     return summary
 
 

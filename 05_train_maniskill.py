@@ -385,7 +385,7 @@ def parse_args():
     add("--task", default="PickCube-v1", help="ManiSkill task with a scripted controller here")
     add("--num-demos", type=int, default=20, help="scripted demonstrations for SFT")
     add("--demo-noise", type=float, default=0.1, help="noise on executed demo actions")
-    add("--sft-steps", type=int, default=2000, help="optimisation steps of flow matching")
+    add("--sft-steps", type=int, default=1000, help="optimisation steps of flow matching")
     add("--iterations", type=int, default=18, help="RL iterations; 0 trains and evaluates SFT only")
     add("--episodes", type=int, default=256, help="episodes per iteration")
     add("--max-steps", type=int, default=24, help="time limit of an episode, in control steps")
@@ -416,6 +416,9 @@ def parse_args():
 def check(args, out):
     """What a user can get wrong, told in one line before anything is simulated or written."""
     check_task(args.task)
+    if args.labels == "grouped" and args.episodes % 8:
+        raise SystemExit(f"--episodes {args.episodes} is no multiple of 8, the episodes per start of "
+                         "--labels grouped")
     if args.num_demos < 1 and not (args.resume or args.eval_only):
         raise SystemExit("--num-demos 0: SFT needs at least one demonstration")
     if args.eval_only and not Path(args.eval_only).exists():

@@ -323,10 +323,54 @@ def test_labels_are_plus_and_minus_one_per_row():
     assert y.tolist() == [1, -1, 1, -1, -1]
 
 
+def test_grouped_labels_compare_episodes_of_one_start():
+    """Against a slow loop: each label minus the mean of the episodes that share its start."""
+    success = np.random.default_rng(0).random(24) < 0.5
+    success[8:16] = True                                   # a start that always succeeds
+    seeds = loss.start_seeds(500, 24, "grouped", 8)
+    expected = []
+    for e in range(24):
+        mates = [2.0 * success[i] - 1 for i in range(24) if seeds[i] == seeds[e]]
+        assert len(mates) == 8
+        expected.append(2.0 * success[e] - 1 - sum(mates) / 8)
+    y = loss.labels(success, torch.arange(24), "grouped", 8)
+    np.testing.assert_allclose(y.numpy(), expected, atol=1e-6)
+    assert (y[8:16] == 0).all() and (y[:8] != 0).any()
+
+
+def test_start_seeds_repeat_only_for_groups():
+    assert list(loss.start_seeds(7, 5)) == [7, 8, 9, 10, 11]
+    assert list(loss.start_seeds(7, 4, "grouped", 2)) == [7, 7, 8, 8]
+    with pytest.raises(ValueError, match="--episodes 5"):
+        loss.start_seeds(7, 5, "grouped", 2)
+
+
 def test_centered_labels_lose_the_mean_over_episodes():
     """Not over rows: three of four episodes succeed, so 1 - 0.5 and -1 - 0.5, however long each is."""
     y = loss.labels([True, True, False, True], torch.tensor([0, 1, 2, 2, 2, 3]), "centered")
     assert y.tolist() == [0.5, 0.5, -1.5, -1.5, -1.5, 0.5]
+
+
+def test_grouped_labels_lose_the_mean_over_the_episodes_of_one_start():
+    """Groups of four in a slow loop; a start that always succeeds teaches nothing."""
+    success, episode = [1, 1, 1, 1, 1, 0, 0, 0, 0, 1, 1, 0], torch.tensor([0, 4, 5, 5, 8, 9, 11])
+    y = loss.labels(np.array(success, bool), episode, "grouped", group_size=4)
+    expected = []
+    for e in episode.tolist():
+        group = [2 * s - 1 for s in success[e // 4 * 4: e // 4 * 4 + 4]]
+        expected.append(2 * success[e] - 1 - sum(group) / 4)
+    assert y.tolist() == expected and y[0] == 0 and len(set(expected)) == 5
+
+
+@pytest.mark.parametrize("kind", ["binary", "centered", "grouped"])
+def test_seeds_start_fresh_and_a_group_shares_one(kind):
+    seeds = loss.start_seeds(100, 12, kind, group_size=4).tolist()
+    assert seeds == ([100] * 4 + [101] * 4 + [102] * 4 if kind == "grouped" else [*range(100, 112)])
+
+
+def test_groups_that_do_not_divide_the_episodes_name_the_flag():
+    with pytest.raises(ValueError, match="--episodes 10"):
+        loss.start_seeds(0, 10, "grouped", group_size=4)
 
 
 def calm_expert(state):
@@ -857,7 +901,7 @@ def test_the_script_trains_logs_and_saves(workplace):
 
 
 def test_compare_draws_three_figures_and_resumes(workplace):
-    flags = ("--compare", 1, "--iterations", 1, "--episodes", 4, "--out", workplace / "out")
+    flags = ("--compare", 1, "--iterations", 1, "--episodes", 8, "--out", workplace / "out")
     table = workplace / "out" / "compare.csv"
     first = run_script("03_step_loss.py", *flags, cwd=workplace)
     assert all(variant in first.stdout for _, variant, _, _ in loss.VARIANTS)

@@ -128,12 +128,15 @@ MUTANTS = {
     (loss, "labels", (
         t3.test_labels_are_plus_and_minus_one_per_row,
         t3.test_centered_labels_lose_the_mean_over_episodes,
+        t3.test_grouped_labels_lose_the_mean_over_the_episodes_of_one_start,
     )): [
         (".float() * 2 - 1", ".float()"),                                  # 0 and 1
         (".float() * 2 - 1", ".float() * -2 + 1"),                         # wrong sign
         ("torch.as_tensor(success)", "torch.as_tensor(success).roll(1)"),  # off by one episode
         ("y - y.mean()", "y - y[episode].mean()"),                         # mean over rows
-        ('if kind == "centered" else y', ""),                              # always centered
+        ('if kind == "centered"', "if True"),                              # always centered
+        ("groups.mean(1, keepdim=True)", "groups.mean()"),                 # mean over all groups
+        ("y.view(-1, group_size)", "y.view(group_size, -1)"),              # groups of strangers
     ],
     (loss, "update", (
         functools.partial(t3.test_the_first_update_is_a_reinforce_step, "one"),
@@ -180,8 +183,8 @@ MUTANTS = {
         ("copy.deepcopy(sft), copy.deepcopy(sft)", "[copy.deepcopy(sft)] * 2"),  # old is the learner
         ("copy.deepcopy(sft), copy.deepcopy(sft)", "copy.deepcopy(sft), sft"),   # SFT is overwritten
         ("rollout(old, envs", "rollout(policy, envs"),                     # the learner acts
-        ("seeds + (2 + args.seed) * flow.EVAL_SEED", "seeds + flow.EVAL_SEED"),  # trains on the test
-        ("+ iteration * args.episodes", ""),                               # the same starts again
+        ("(2 + args.seed) * flow.EVAL_SEED +", "flow.EVAL_SEED +"),        # trains on the test
+        ("+ iteration * args.episodes\n", "\n"),                           # the same starts again
     ],
     (flow, "play", (
         functools.partial(t1.test_every_seed_is_played_exactly_once, 7),
