@@ -15,8 +15,8 @@ the acting policy `old` behind the trained one, and the iteration: rollout, labe
 Left out of the published code: padded action dimensions, FSDP, and an off-by-one in its success
 history that labels an episode which succeeds in its very last chunk as a failure.
 
-Run:     python 03_step_loss.py            (about 40 s on two CPU cores, SFT included)
-         python 03_step_loss.py --compare  (the paper's ablations in miniature, about 15 minutes)
+Run:     python 03_step_loss.py            (about 25 s on two CPU cores, SFT included)
+         python 03_step_loss.py --compare 3 --lr 3e-4   (the paper's ablations in miniature)
 Prints:  one line per evaluation, then RESULT with success before (sft) and after (stepnft).
 Saves:   runs/03_step_loss/{log.csv, learning.png, policy.pt}
 """
@@ -347,15 +347,15 @@ def read_log(path):
 
 def draw_learning(log, success_ax, loss_ax):
     """Success and loss against episodes played."""
-    seen = ~np.isnan(log["eval_ode"])
-    success_ax.plot(log["episodes"], log["train_sde"], color="0.6", lw=1, label="old policy, SDE")
-    success_ax.plot(log["episodes"][seen], log["eval_ode"][seen], "o-", ms=3, color="#0072b2",
+    seen, played = ~np.isnan(log["eval_ode"]), log["episodes"] / 1000
+    success_ax.plot(played, log["train_sde"], color="0.6", lw=1, label="old policy, SDE")
+    success_ax.plot(played[seen], log["eval_ode"][seen], "o-", ms=3, color="#0072b2",
                     label="trained policy, ODE")
-    success_ax.set(xlabel="training episodes", ylabel="success", ylim=(0, 1.02))
+    success_ax.set(xlabel="training episodes, thousands", ylabel="success", ylim=(0, 1.02))
     success_ax.legend(frameon=False)
-    loss_ax.plot(log["episodes"], log["loss"], color="#d55e00", lw=1)
+    loss_ax.plot(played, log["loss"], color="#d55e00", lw=1)
     loss_ax.axhline(math.log(2), color="0.6", ls="--", label="ln 2: the branches tie")
-    loss_ax.set(xlabel="training episodes", ylabel="loss")
+    loss_ax.set(xlabel="training episodes, thousands", ylabel="loss")
     loss_ax.legend(frameon=False)
 
 

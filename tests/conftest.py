@@ -108,7 +108,7 @@ def one_clear_line(done):
 
 @pytest.fixture(scope="session")
 def sft_folder(tmp_path_factory):
-    """A folder that holds runs/01_flow_policy with a barely trained policy, where 02 and 03 look."""
+    """A folder that holds a barely trained policy where 02 and 03 look for it."""
     flow, folder = importlib.import_module("01_flow_policy"), tmp_path_factory.mktemp("sft")
     train = flow.train_sft
     with pytest.MonkeyPatch.context() as patch:

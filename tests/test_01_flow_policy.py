@@ -80,7 +80,8 @@ def test_the_ode_converges_to_scipys_solution_at_first_order():
     x_1 = torch.linspace(-2, 2, 9)[:, None, None].double()
 
     def v(t, x):
-        return policy.velocity(torch.from_numpy(x)[:, None, None], torch.full((9,), t), None)[:, 0, 0]
+        x_t = torch.from_numpy(x)[:, None, None]
+        return policy.velocity(x_t, torch.full((9,), t), None)[:, 0, 0]
 
     exact = integrate.solve_ivp(v, (1, 0), x_1[:, 0, 0].numpy(), rtol=1e-8, atol=1e-8).y[:, -1]
     errors = [np.abs(flow.ode_sample(policy, states(9), K, x_1)[:, 0, 0].numpy() - exact).mean()
@@ -224,7 +225,8 @@ def test_the_velocity_depends_on_time():
 
 def test_the_two_cameras_are_told_apart():
     policy, obs = full_policy(), full_obs(SENTENCES[:1])
-    assert (policy.encode(obs) - policy.encode({**obs, "rgb": obs["rgb"].flip(1)})).abs().max() > 1e-4
+    swapped = {**obs, "rgb": obs["rgb"].flip(1)}
+    assert (policy.encode(obs) - policy.encode(swapped)).abs().max() > 1e-4
 
 
 def test_an_image_is_scaled_before_it_is_seen():
@@ -317,7 +319,8 @@ def replay(world, start, gap_y, actions):
 
 def clumsy(state, horizon, clumsiness):
     """The expert with a hand that shakes, always the same way in the same state: (N, H, 2)."""
-    shake = np.sin(40 * state[:, None, :2] + 9 * np.arange(horizon)[None, :, None] + state[:, 2:, None])
+    phase = 9 * np.arange(horizon)[None, :, None] + state[:, 2:, None]
+    shake = np.sin(40 * state[:, None, :2] + phase)
     return 0.97 * flow.expert_chunk(state, horizon).astype(float) + clumsiness * shake
 
 
@@ -389,7 +392,8 @@ def test_reset_mask_leaves_the_other_slots_alone():
     before = envs.step(np.ones((3, 4, 2)) * 0.5)[0]["state"]
     after = envs.reset(seed=[0, 9, 0], options={"reset_mask": np.array([False, True, False])})[0]
     np.testing.assert_array_equal(after["state"][[0, 2]], before[[0, 2]])
-    np.testing.assert_array_equal(after["state"][1], flow.GapWorld(1).reset(seed=[9])[0]["state"][0])
+    alone = flow.GapWorld(1).reset(seed=[9])[0]["state"][0]
+    np.testing.assert_array_equal(after["state"][1], alone)
     assert envs.steps.tolist() == [4, 0, 4]
 
 

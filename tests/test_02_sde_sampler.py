@@ -37,7 +37,7 @@ def test_the_papers_stds():
 def test_sigma_uses_the_next_grid_time_only_at_t_1_and_only_below(num_steps):
     a, K = 0.7, num_steps
     times = [1 - k / K for k in range(K + 1)]
-    expected = [a * math.sqrt(1 / (1 - times[1]))]                         # not sqrt(t_1 / (1 - t_1))
+    expected = [a * math.sqrt(1 / (1 - times[1]))]                 # not sqrt(t_1 / (1 - t_1))
     expected += [a * math.sqrt(t / (1 - t)) for t in times[1:-1]]
     sigmas = sde.noise_scale(sde.time_grid(K), a)
     assert sigmas.shape == (K,) and sigmas.isfinite().all()
@@ -121,7 +121,7 @@ def pushed_forward(mean, var, t, t_next, sigma, corrected):
 
 @pytest.mark.parametrize("t", [0.8, 0.5, 0.2])
 @pytest.mark.parametrize("sigma", [0.3, 1.0])
-def test_to_first_order_a_corrected_step_keeps_the_marginal_and_an_uncorrected_one_does_not(t, sigma):
+def test_a_small_corrected_step_keeps_the_marginal_and_an_uncorrected_one_does_not(t, sigma):
     """Start in the exact marginal at t. The error in variance is O(dt^2), or exactly sigma^2 dt."""
     def error(dt, corrected):
         mean, var = pushed_forward(*marginal(t), t, t - dt, sigma, corrected)
@@ -255,8 +255,8 @@ def test_visited_area_counts_cells():
 
 
 def test_the_script_measures_every_noise_level(workplace):
-    done = run_script("02_sde_sampler.py", "--samples", 50, "--episodes", 4, "--noise-levels", 0, 0.2,
-                      0.5, "--out", workplace / "out", cwd=workplace)
+    done = run_script("02_sde_sampler.py", "--samples", 50, "--episodes", 4, "--noise-levels", 0,
+                      0.2, 0.5, "--out", workplace / "out", cwd=workplace)
     result = result_line(done)
     assert all(math.isfinite(v) for v in result.values())
     rows = list(csv.DictReader(open(workplace / "out" / "width.csv")))

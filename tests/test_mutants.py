@@ -63,7 +63,7 @@ MUTANTS = {
         ("std * torch.randn_like(mean)", "std**2 * torch.randn_like(mean)"),   # variance for std
         ("std * torch.randn_like(mean)", "std * xs[0]"),                   # the same at every step
         ("times[1:], sigmas)", "times[1:], sigmas.flip(0))"),              # sigma of the wrong step
-        ("xs.append(x_t)", "xs.append(mean)"),                             # records before the noise
+        ("xs.append(x_t)", "xs.append(mean)"),                             # before the noise
         ("t_cur.expand", "t_next.expand"),                                 # velocity at the wrong t
         ("t_next, sigma, corrected)", "t_next, sigma)"),                   # the flag is ignored
     ],
@@ -86,7 +86,8 @@ MUTANTS = {
     (loss, "step_nft_loss", (
         t3.test_the_branches_stand_still_only_v_theta_learns,
         *(functools.partial(t3.test_the_loss_is_the_slow_loop, choice) for choice in t3.CHOICES),
-        functools.partial(t3.test_at_zero_drift_the_loss_is_ln_2_and_its_gradient_reinforce, 2, 1.0),
+        functools.partial(t3.test_at_zero_drift_the_loss_is_ln_2_and_its_gradient_reinforce,
+                          2, 1.0),
         t3.test_an_uncorrected_rollout_is_judged_by_the_uncorrected_mean,
     )): [
         ("v_old = v_old.detach()", "pass"),                                # missing detach
@@ -99,11 +100,11 @@ MUTANTS = {
         ("(std**2 + var_eps)).sum(-1)", "var_eps).sum(-1)"),               # every step weighs alike
         ("(loss * mask).sum(-1)", "loss.sum(-1)"),                         # mask ignored
         ("actions.clamp(min=1)", "mask.shape[1]"),                         # short chunks weigh less
-        ("row_loss.sum() / (actions > 0).sum().clamp(min=1)", "row_loss.mean()"),  # empty rows count
+        ("row_loss.sum() / (actions > 0).sum().clamp(min=1)", "row_loss.mean()"),  # empty too
         ("r = (1 + y[:, None]) / 2", "r = (1 - y[:, None]) / 2"),          # learns from failures
         ('(y > 0) if form == "positive" else (y < 0)', "y < 0"),           # positive means negative
         ('x_next if target == "next" else', 'x_next if target != "endpoint" else'),
-        ("(x_0 - (x_t - t * v))", "(x_0 - (x_t - t_next * v))"),           # endpoint from the wrong t
+        ("(x_0 - (x_t - t * v))", "(x_0 - (x_t - t_next * v))"),           # from the wrong t
         ("sigma, corrected)", "sigma)"),                                   # the flag is ignored
         ("kl_weight * (", "0 * ("),                                        # no pull to v_old
     ],
@@ -123,7 +124,7 @@ MUTANTS = {
         ("noise = policy.encode(obs), torch.randn(len(x_0), K,",
          "noise = policy.encode(obs), torch.randn(len(x_0), 1,"),          # one noise for all k
         ("torch.randint(K, (rows, 1))", "torch.randint(K - 1, (rows, 1))"),  # skips the last step
-        ("torch.randint(K, (rows, 1))", "torch.randint(K, (1, 1)).expand(rows, 1)"),  # one k for all
+        ("torch.randint(K, (rows, 1))", "torch.randint(K, (1, 1)).expand(rows, 1)"),  # one k
     ],
     (loss, "labels", (
         t3.test_labels_are_plus_and_minus_one_per_row,
@@ -160,7 +161,7 @@ MUTANTS = {
         ("optimizer.step()", "optimizer.step() or optimizer.step()"),      # two steps for one
         ("optimizer.zero_grad()", "pass"),                                 # gradients pile up
         ("policy.parameters(), grad_clip", "policy.parameters(), 1e9"),    # no clipping
-        (", **loss_options)\n        opt", ")\n        opt"),                                        # options go nowhere
+        (", **loss_options)\n        opt", ")\n        opt"),          # options go nowhere
         ("noise_scale(times, noise_level)", "noise_scale(times, 0.2)"),    # a deaf noise level
     ],
     (loss, "ema_decay", (t3.test_ema_decay_runs_a_half_cosine_from_start_to_end,)): [
@@ -180,8 +181,8 @@ MUTANTS = {
          "p_new.data if decay else p_new.data"),                           # shares its memory
     ],
     (loss, "train_toy", (t3.test_train_toy_acts_with_the_ema_policy_on_fresh_seeds,)): [
-        ("copy.deepcopy(sft), copy.deepcopy(sft)", "[copy.deepcopy(sft)] * 2"),  # old is the learner
-        ("copy.deepcopy(sft), copy.deepcopy(sft)", "copy.deepcopy(sft), sft"),   # SFT is overwritten
+        ("copy.deepcopy(sft), copy.deepcopy(sft)", "[copy.deepcopy(sft)] * 2"),  # old learns
+        ("copy.deepcopy(sft), copy.deepcopy(sft)", "copy.deepcopy(sft), sft"),   # SFT is lost
         ("rollout(old, envs", "rollout(policy, envs"),                     # the learner acts
         ("(2 + args.seed) * flow.EVAL_SEED +", "flow.EVAL_SEED +"),        # trains on the test
         ("+ iteration * args.episodes\n", "\n"),                           # the same starts again
@@ -201,7 +202,7 @@ MUTANTS = {
         t1.test_a_finished_robot_rests_where_it_ended,
     )): [
         ("success |= live & arrived", "success |= live & arrived & (self.steps < self.max_steps)"),
-        ("success |= live & arrived", "success = live & arrived"),         # forgotten by chunk's end
+        ("success |= live & arrived", "success = live & arrived"),         # forgotten at the end
         ("executed += live", "executed += 1"),                             # counts what never ran
         ("* live[:, None]", ""),                                           # the finished move on
     ],
@@ -214,7 +215,8 @@ def mutate(module, name, code, mistake):
     if "." in name:
         owner, attribute = getattr(module, name.split(".")[0]), name.split(".")[1]
     source = textwrap.dedent(inspect.getsource(getattr(owner, attribute)))
-    assert source.count(code) == 1, f"{name} holds {code!r} {source.count(code)} times, expected once"
+    count = source.count(code)
+    assert count == 1, f"{name} holds {code!r} {count} times, expected once"
     made = {}
     exec(compile(source.replace(code, mistake), f"<mutant of {name}>", "exec"), vars(module), made)
     return owner, attribute, made[attribute]
