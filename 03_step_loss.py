@@ -65,7 +65,7 @@ def mirror(v_theta, v_old, beta, max_drift):
 def step_nft_loss(v_theta, v_old, x_t, x_next, t_cur, t_next, sigma, y, mask=None, *, beta=1.0,
                   max_drift=0.5, dpo_beta=1.0, kl_weight=1e-4, target="next", x_0=None,
                   form="ranking", var_eps=1e-4, corrected=True):
-    """The pi-StepNFT loss of a batch of single denoising steps -> (scalar, info of floats).
+    """The pi-StepNFT loss of a batch of single denoising steps -> (scalar, info of 0-d tensors).
 
     v_theta, v_old, x_t, x_next, x_0 are (B, H, A); t_cur, t_next, sigma, y are (B,);
     mask (B, H) marks the actions that were executed. Only v_theta carries a gradient.
@@ -112,7 +112,7 @@ def step_nft_loss(v_theta, v_old, x_t, x_next, t_cur, t_next, sigma, y, mask=Non
     with torch.no_grad():
         count = mask.sum().clamp(min=1)
         info = {
-            "loss": loss, "rank_accuracy": ((y[:, None] * (E_neg - E_pos) > 0) * mask).sum() / count,
+            "loss": loss.detach(), "rank_accuracy": ((y[:, None] * (E_neg - E_pos) > 0) * mask).sum() / count,
             "margin": ((E_neg - E_pos) * y[:, None] * mask).sum() / count,
             "drift": (drift * mask).sum() / count,
             "clipped": ((drift > max_drift) * mask).sum() / count,
@@ -306,11 +306,15 @@ def add_method_flags(parser, **defaults):
 
 
 def check_method(args):
-    """The two combinations that cannot work, told before anything is trained."""
+    """The combinations that cannot work, told in one line before anything is trained."""
     if args.rollout == "ode" and args.target == "next":
         raise SystemExit("--rollout ode records no noise to learn from: add --target endpoint")
-    if args.noise_level <= 0 and args.rollout != "ode":
-        raise SystemExit("--noise-level 0 has no exploration: use --rollout ode --target endpoint")
+    if args.noise_level <= 0 and args.target != "endpoint":
+        raise SystemExit("--noise-level 0 leaves no step to explain: raise it, or use --rollout ode "
+                         "--target endpoint")
+    if args.labels == "grouped" and args.episodes % 8:
+        raise SystemExit(f"--episodes {args.episodes} is no multiple of 8, the episodes per start of "
+                         "--labels grouped")
 
 
 def method(args):
