@@ -430,6 +430,8 @@ def main():
     add("--episodes", type=int, default=1000, help="episodes per evaluation, on seeds 1000000 + i")
     add("--out", default="runs/01_flow_policy", help="folder of the checkpoint and the figure")
     args = parser.parse_args()
+    if args.num_demos < 1:
+        raise SystemExit("--num-demos 0: SFT needs at least one demonstration")
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()))
     start = time.time()
     policy = toy_policy(args.seed, args.num_demos, args.sft_steps, args.out)

@@ -514,6 +514,8 @@ def parse_args(argv=None):
     add_method_flags(parser)
     args = parser.parse_args(argv)
     check_method(args)
+    if args.iterations < 1:
+        raise SystemExit("--iterations 0 trains nothing: 01_flow_policy.py evaluates SFT alone")
     return args
 
 

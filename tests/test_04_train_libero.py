@@ -58,7 +58,7 @@ def test_advance_equals_liberos_own_step(sim):
     (["--suite", "libero_objects"], ["--suite"]),
     (["--tasks", "10"], ["--tasks"]),
     (["--num-demos", "0"], ["--num-demos"]),
-    (["--suite", "libero_10"], ["libero_10"]),
+    (["--suite", "libero_10"], ["--tasks 0", "--suite"]),
     (["--eval-only", "nothing.pt"], ["--eval-only"]),
 ])
 def test_bad_input_gets_one_line_naming_the_flag(tmp_path, flags, words):
