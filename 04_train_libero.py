@@ -13,7 +13,7 @@ Defaults that differ from the paper's, because two CPU cores are not a GPU clust
 steps of a chunk are trained on, and labels are grouped (8 episodes from the same start, minus their
 mean). Left out: the vision-language backbone and images; the policy reads object poses.
 
-Run:     python 04_train_libero.py                 (about 2 hours on two CPU cores)
+Run:     python 04_train_libero.py                 (hours on two CPU cores; not yet timed)
          python 04_train_libero.py --eval-only runs/04_train_libero/best.pt
 Prints:  success of SFT and of every evaluation with its 95 % interval, then RESULT.
 Saves:   runs/04_train_libero/{sft.pt, last.pt, best.pt, log.csv, test.csv, learning.png}
