@@ -31,7 +31,6 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import torch
-from tqdm import tqdm
 
 flow = importlib.import_module("01_flow_policy")
 nft = importlib.import_module("03_step_loss")
