@@ -77,7 +77,8 @@ class FlowPolicy(nn.Module):
         """obs -> ctx (B, C), everything about the observation that the velocity needs."""
         parts = []
         if self.state_dim:
-            parts.append((obs["state"] - self.state_centre) / self.state_scale)     # (B, S)
+            state = (obs["state"] - self.state_centre) / self.state_scale           # (B, S)
+            parts.append(state.clamp(-5, 5))  # a toppled bottle is 100 stds from every demo
         if self.cameras:
             images = obs["rgb"].flatten(0, 1).float() / 255 - 0.5               # (B*cameras, 3, ..)
             parts.append(self.eye(images).view(-1, 128 * self.cameras))

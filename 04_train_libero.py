@@ -139,6 +139,10 @@ class LiberoSim:
         self.site = self.robot.eef_site_id  # between the finger tips
         self.joints = self.robot._ref_joint_vel_indexes
         self.finger = self.robot._ref_gripper_joint_pos_indexes
+        self.arm = self.robot._ref_joint_actuator_indexes
+        self.fingers = [self.model.actuator(name).id for name in self.gripper.actuators]
+        low, high = self.model.actuator_ctrlrange[self.fingers].T
+        self.grip_centre, self.grip_range = 0.5 * (high + low), 0.5 * (high - low)
         self.place(seed=0)
         # Initial states hold joints only, and cabinet and stove have none for their place: LIBERO
         # draws it anew (within 2 cm) at each reset. We draw once, so that a seed is a situation.
@@ -160,7 +164,7 @@ class LiberoSim:
                 break
         np.random.set_state(generator)
         self.controller = self.robot.controller  # a new one
-        self.controller.update = self.read_arm
+        self.controller.update = self.see_hand
 
     def reset(self, placement):
         """0-49: official initial states; 1000 and more: random placements. Then settle."""
@@ -175,41 +179,47 @@ class LiberoSim:
             self.model.body_pos[:], self.model.body_quat[:] = self.layout
             self.env.sim.set_state_from_flattened(self.init_states[placement])
         self.mj.mj_forward(self.model, self.data)
-        self.gripper.current_action = np.zeros(2)  # the gripper integrates its commands
-        self.read_arm(force=True)
+        self.grip = np.zeros(2)  # the gripper integrates its commands
+        self.see_hand()
         self.controller.reset_goal()  # else the last episode's rotation goal pulls the arm away
         for _ in range(10):
             self.advance(NO_OP)
 
-    def read_arm(self, force=False):
-        """The controller's update() without its mj_forward: mj_step1 has just done that work."""
-        c, m, d, j = self.controller, self.model, self.data, self.joints
-        if not (c.new_update or force):
-            return
-        J, M = np.empty((6, m.nv)), np.empty((m.nv, m.nv))
+    def see_hand(self):
+        """What the controller's update() leaves behind for set_goal, which counts from here."""
+        self.controller.ee_pos, self.controller.ee_ori_mat = map(np.copy, self.hand)
+
+    def torques(self):
+        """OSC_POSE (Khatib 1987): joint torques (7,) that pull the hand to the controller's goal."""
+        from robosuite.utils import control_utils as osc
+        c, m, d, j, (pos, rot) = self.controller, self.model, self.data, self.joints, self.hand
+        J, M = np.empty((6, m.nv)), np.empty((m.nv, m.nv))  # Jacobian, mass matrix
         self.mj.mj_jacSite(m, d, J[:3], J[3:], self.site)
         self.mj.mj_fullM(m, d, M)
-        c.ee_pos = d.site_xpos[self.site].copy()
-        c.ee_ori_mat = d.site_xmat[self.site].reshape(3, 3).copy()
-        c.ee_pos_vel, c.ee_ori_vel = J[:3] @ d.qvel, J[3:] @ d.qvel
-        c.joint_pos, c.joint_vel = d.qpos[c.qpos_index], d.qvel[j]
+        vel, spin = J[:3] @ d.qvel, J[3:] @ d.qvel
         # same memory layout as robosuite's, or products differ in the last bit
-        c.J_pos, c.J_ori = J[:3][:, j], J[3:][:, j]
-        c.J_full, c.mass_matrix = np.vstack([c.J_pos, c.J_ori]), M[j][:, j]
-        c.new_update = False
+        J_pos, J_ori, M = J[:3][:, j], J[3:][:, j], M[j][:, j]
+        J = np.vstack([J_pos, J_ori])
+        force = c.kp[:3] * (c.goal_pos - pos) - c.kd[:3] * vel
+        twist = c.kp[3:] * osc.orientation_error(c.goal_ori, rot) - c.kd[3:] * spin
+        _, mass_pos, mass_ori, null = osc.opspace_matrices(M, J, J_pos, J_ori)
+        wrench = np.concatenate([mass_pos @ force, mass_ori @ twist])
+        rest = osc.nullspace_torques(M, null, c.initial_joint, d.qpos[c.qpos_index], d.qvel[j])
+        return J.T @ wrench + d.qfrc_bias[j] + rest
 
     def advance(self, action):
         """One control step, 1/20 s, 25 physics steps; True at success. Bit for bit env.step(), but
-        no observations and one forward pass a physics step instead of three: twice as fast."""
-        m, d, robot = self.model, self.data, self.robot
-        action, (low, high) = np.asarray(action, dtype=float), robot.torque_limits
+        no observations, one forward pass a physics step instead of three, and no detours."""
+        m, d, action = self.model, self.data, np.asarray(action, dtype=float)
+        low, high = self.robot.torque_limits
+        squeeze = np.array([-1, 1]) * self.gripper.speed * np.sign(action[6])
         for i in range(int(self.env.control_timestep / self.env.model_timestep)):
             self.mj.mj_step1(m, d)  # kinematics and bias forces
             if i == 0:
                 self.controller.set_goal(action[:6])
-            torques = self.controller.run_controller()
-            d.ctrl[robot._ref_joint_actuator_indexes] = np.minimum(np.maximum(torques, low), high)
-            robot.grip_action(gripper=self.gripper, gripper_action=action[6:])
+            d.ctrl[self.arm] = np.minimum(np.maximum(self.torques(), low), high)
+            self.grip = np.minimum(np.maximum(self.grip + squeeze, -1), 1)
+            d.ctrl[self.fingers] = self.grip_centre + self.grip_range * self.grip
             self.mj.mj_step2(m, d)  # contacts and integration
         return bool(self.env._check_success())
 

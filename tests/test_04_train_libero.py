@@ -49,6 +49,8 @@ def test_advance_equals_liberos_own_step(sim):
     fast = sim.env.sim.data.qpos.copy()
     sim.reset(5)
     assert np.array_equal(sim.env.sim.get_state().flatten(), start)
+    del sim.controller.update  # robosuite's own again, until the next reset
+    sim.controller.new_update, sim.gripper.current_action = True, sim.grip.copy()
     for action in actions:
         sim.env.step(action)
     assert np.array_equal(sim.env.sim.data.qpos, fast)
