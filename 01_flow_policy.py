@@ -81,7 +81,10 @@ class FlowPolicy(nn.Module):
             parts.append(state.clamp(-5, 5))  # a toppled bottle is 100 stds from every demo
         if self.cameras:
             images = obs["rgb"].flatten(0, 1).float() / 255 - 0.5               # (B*cameras, 3, ..)
-            parts.append(self.eye(images).view(-1, 128 * self.cameras))
+            # half precision for the images; the head keeps 32 bits, RL compares close velocities
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+                features = self.eye(images).float()
+            parts.append(features.view(-1, 128 * self.cameras))
         if self.language:
             parts.append(self.read(obs["instruction"]))                         # (B, 64)
         return torch.cat(parts, dim=-1)
@@ -162,18 +165,20 @@ def ode_sample(policy, obs, num_steps, x_1=None):
 def train_sft(policy, obs, chunks, steps, lr=1e-3, batch_size=256, desc="SFT"):
     """Supervised fine-tuning on demonstrations: obs dict of N rows, chunks (N, H, A) in env units.
 
-    Returns the mean flow matching loss of the last tenth of the steps.
+    obs may hold anything that gives rows by index, images on disk for example. Returns the mean
+    flow matching loss of the last tenth of the steps.
     """
     if len(chunks) == 0:
         raise ValueError("no demonstrations to train on: give --num-demos at least 1")
+    device = policy.action_centre.device
     policy.fit_normalisation(obs, chunks)
-    x_0 = policy.normalise(chunks)
+    x_0 = policy.normalise(chunks.to(device))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for _ in tqdm(range(steps), desc=desc, disable=None, leave=False):
-        rows = torch.randint(len(x_0), (batch_size,), device=x_0.device)
-        loss = flow_matching_loss(policy, take(obs, rows), x_0[rows])
+        rows = torch.randint(len(x_0), (batch_size,))
+        loss = flow_matching_loss(policy, to_torch(take(obs, rows), device), x_0[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -215,6 +220,10 @@ def load_policy(path, device="cpu"):
 # info["executed"] counts the actions of the chunk that ran before the episode ended.
 
 
+class SimulatorDied(RuntimeError):
+    """A worker process ended in the middle of its episode; args[0] are the seeds in play."""
+
+
 def play(act, envs, seeds, desc=None):
     """Plays one episode per seed and returns (success (episodes,) bool, rows).
 
@@ -243,8 +252,7 @@ def play(act, envs, seeds, desc=None):
         try:
             next_obs, _, terminated, truncated, info = envs.step(actions)
         except (EOFError, ConnectionError) as error:
-            raise RuntimeError(f"a simulator process died; seeds in play: "
-                               f"{[seeds[e] for e in episode if e >= 0]}") from error
+            raise SimulatorDied([int(seeds[e]) for e in episode if e >= 0]) from error
         playing = torch.from_numpy(np.flatnonzero(episode >= 0))
         mask = torch.arange(actions.shape[1]) < torch.as_tensor(info["executed"])[:, None]
         row = {**record, "episode": torch.from_numpy(episode.copy()), "mask": mask}

@@ -24,15 +24,18 @@ Saves:   runs/03_step_loss/{log.csv, learning.png, policy.pt}
 import argparse
 import copy
 import csv
+import datetime
 import importlib
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -167,7 +170,7 @@ def labels(success, episode, kind="binary", group_size=8):
     """
     y = torch.as_tensor(success).float() * 2 - 1                   # (episodes,)
     if kind == "centered":
-        y = y - y.mean()
+        y = y - gather(y).mean()
     if kind == "grouped":
         groups = y.view(-1, group_size)
         y = (groups - groups.mean(1, keepdim=True)).flatten()
@@ -193,8 +196,8 @@ def update(policy, optimizer, batch, *, noise_level=0.2, epochs=4, minibatch=102
     times = sde.time_grid(K)
     sigmas = sde.noise_scale(times, noise_level)
     infos = []
-    order = [rows for _ in range(epochs) for rows in torch.randperm(len(batch["y"])).split(minibatch)]
-    for rows in tqdm(order, desc=desc, disable=None if desc else True, leave=False):
+    order = [part for _ in range(epochs) for part in minibatches(len(batch["y"]), minibatch)]
+    for rows, weight in tqdm(order, desc=desc, disable=None if desc else True, leave=False):
         k = batch["k"][rows]                                        # (b, 1) or (b, K)
         steps = k.shape[1]
 
@@ -212,7 +215,10 @@ def update(policy, optimizer, batch, *, noise_level=0.2, epochs=4, minibatch=102
                                    each(batch["y"]), each(batch["mask"]),
                                    x_0=each(batch["x"][:, -1]), **loss_options)
         optimizer.zero_grad()
-        loss.backward()
+        (loss * weight).backward()
+        add_up([p.grad for p in policy.parameters()])
+        info = {name: value * weight for name, value in info.items()}
+        add_up(info.values())
         info["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
         optimizer.step()
         infos.append(torch.stack([v.detach() for v in info.values()]))
@@ -278,6 +284,70 @@ def worker_envs(make_env, num_envs):
 
 
 # ------------------------------------------------------------------------------------------------
+# Data parallel: `torchrun --nproc-per-node=N` starts N ranks. Each plays its share of the episodes;
+# a minibatch is drawn from the rows of all, and gradients add up to those of the joined batch.
+
+
+def join_ranks(device):
+    """Meets the ranks that torchrun started -> this rank's device. Without torchrun: rank 0 of 1."""
+    if "RANK" in os.environ:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=1))  # SFT runs on rank 0 alone
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+    return torch.device(device)
+
+
+def rank_of():
+    """-> (rank, number of ranks)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(values):
+    """The part of a list that belongs to this rank."""
+    rank, ranks = rank_of()
+    return np.array_split(np.asarray(values), ranks)[rank]
+
+
+def gather(values):
+    """Arrays or tensors of all ranks, one after the other: undoes `share`."""
+    parts = [values]
+    if dist.is_initialized():
+        parts = [None] * rank_of()[1]
+        dist.all_gather_object(parts, values)
+    return (torch.cat if torch.is_tensor(values) else np.concatenate)(parts)
+
+
+def add_up(tensors):
+    """Sums each tensor over the ranks, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def evaluate(policy, envs, seeds, num_steps, desc):
+    """`evaluate` of 01, each rank on its share of the episodes."""
+    return gather(flow.evaluate(policy, envs, share(seeds), num_steps, desc))
+
+
+def minibatches(rows, size):
+    """[(this rank's rows, their weight)]: all ranks' rows in one random order, cut into parts."""
+    rank, _ = rank_of()
+    counts = gather(torch.tensor([rows]))
+    order, first = torch.randperm(int(counts.sum())), int(counts[:rank].sum())
+    if dist.is_initialized():
+        dist.broadcast(order, 0)
+    parts = []
+    for whole in order.split(size):
+        own = whole[(whole >= first) & (whole < first + rows)] - first
+        # a rank without a row in this minibatch still takes part, with weight 0
+        parts.append((own if len(own) else torch.tensor([0]), len(own) / len(whole)))
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------
 # Flags and logs that 04 and 05 use as well
 
 
@@ -312,9 +382,10 @@ def check_method(args):
     if args.noise_level <= 0 and args.target != "endpoint":
         raise SystemExit("--noise-level 0 leaves no step to explain: raise it, or use --rollout ode "
                          "--target endpoint")
-    if args.labels == "grouped" and args.episodes % 8:
-        raise SystemExit(f"--episodes {args.episodes} is no multiple of 8, the episodes per start of "
-                         "--labels grouped")
+    whole = 8 * int(os.environ.get("WORLD_SIZE", 1))
+    if args.labels == "grouped" and args.episodes % whole:
+        raise SystemExit(f"--episodes {args.episodes} is no multiple of {whole}: 8 episodes per start "
+                         "for --labels grouped, on each rank of torchrun")
 
 
 def method(args):
@@ -327,8 +398,98 @@ def method(args):
     return acting, learning
 
 
+def add_run_flags(parser, **defaults):
+    """Demos, training, evaluation and logs of 04 and 05."""
+    add = parser.add_argument
+    add("--num-demos", type=int, default=20, help="demonstrations per task for SFT")
+    add("--demo-noise", type=float, default=0.1, help="noise on executed demo actions")
+    add("--sft-steps", type=int, default=1000, help="optimisation steps of flow matching")
+    add("--iterations", type=int, default=20, help="RL iterations; 0 trains and evaluates SFT only")
+    add("--episodes", type=int, default=256, help="episodes per iteration, all tasks together")
+    add("--max-steps", type=int, help="time limit of an episode, in control steps")
+    add("--horizon", type=int, default=4, help="H, actions per chunk")
+    add("--lr", type=float, default=3e-4, help="Adam's learning rate, falling linearly to 0")
+    add("--epochs", type=int, default=3, help="passes over each batch")
+    add("--minibatch", type=int, default=512, help="chunks per optimisation step")
+    add("--eval-every", type=int, default=5, help="iterations between validations")
+    add("--eval-episodes", type=int, default=200, help="episodes per validation")
+    add("--test-episodes", type=int, default=200, help="episodes of the final test")
+    add("--num-envs", type=int, default=len(os.sched_getaffinity(0)),
+        help="simulators at a time, for each rank")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the policy")
+    add("--seed", type=int, default=0, help="seed of demos, SFT, rollouts and updates, 0 to 7")
+    add("--out", help="folder of logs and checkpoints")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--eval-only", metavar="CHECKPOINT", help="test this policy and stop")
+    parser.set_defaults(**defaults)
+
+
+def check_run(args, wanted):
+    """What a user can get wrong, told in one line before anything is simulated or written.
+
+    wanted: what a loaded policy must have been built with, {config entry: (flag, value)}.
+    """
+    out, fresh = Path(args.out), not (args.resume or args.eval_only)
+    if args.num_demos < 1 and fresh:
+        raise SystemExit("--num-demos 0: SFT needs at least one demonstration")
+    if args.num_demos > 1000 or not 0 <= args.seed <= 7:
+        raise SystemExit("--num-demos goes to 1000 and --seed from 0 to 7: beyond, the episodes of "
+                         "demos, validation, test and training would overlap")
+    if min(args.episodes, args.eval_episodes, args.num_envs, args.horizon) < 1:
+        raise SystemExit("--episodes, --eval-episodes, --num-envs, --horizon: give at least 1")
+    if args.eval_only and not Path(args.eval_only).exists():
+        raise SystemExit(f"--eval-only {args.eval_only}: no such file; train first")
+    if args.resume and not (out / "last.pt").exists():
+        raise SystemExit(f"--resume: {out}/last.pt is missing; start without --resume")
+    if fresh and (out / "log.csv").exists():
+        raise SystemExit(f"--out {out} holds a run: --resume continues it, another --out keeps it")
+    for path in filter(None, [args.eval_only, args.resume and out / "last.pt"]):
+        config = torch.load(path, map_location="cpu", weights_only=False)["config"]
+        for name, (flag, value) in wanted.items():
+            if config.get(name, value) != value:
+                raise SystemExit(f"{path} was trained with {name} {config[name]}, this run has "
+                                 f"{value}: use the {flag} it was trained with")
+
+
+def save(path, policy, **more):
+    """A checkpoint of a policy; `load_policy` of 01 reads it. Rank 0 writes."""
+    if not rank_of()[0]:
+        flow.save_checkpoint(path, config=policy.config, policy=policy.state_dict(), **more)
+
+
+def save_run(path, policy, old, best, optimizer, state):
+    """Everything a run needs to go on as if it had never stopped."""
+    save(path, policy, old=old.state_dict(), best=best.state_dict(), state=state,
+         optimizer=optimizer.state_dict())
+
+
+def load_run(path, policy, old, best, optimizer, device):
+    """Undoes `save_run` -> state."""
+    checkpoint = torch.load(path, map_location=device, weights_only=False)
+    policy.load_state_dict(checkpoint["policy"])
+    old.load_state_dict(checkpoint["old"])
+    best.load_state_dict(checkpoint["best"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return checkpoint["state"]
+
+
+def report(name, success, what):
+    """Prints a success rate with its interval -> the rate."""
+    low, high = flow.wilson(success)
+    print(f"{name}: success {success.mean():.3f} [{low:.3f}, {high:.3f}] over {len(success)} "
+          f"episodes, ODE, {what}", flush=True)
+    return float(success.mean())
+
+
+def seed_iteration(seed, iteration):
+    """A random stream of its own for each iteration and rank, so that a resumed run repeats it."""
+    torch.manual_seed((seed * 100_000 + iteration) * 1000 + rank_of()[0])
+
+
 def log_row(path, row):
-    """Appends a dict to a csv, with a header when the file is new."""
+    """Appends a dict to a csv, with a header when the file is new. Rank 0 writes."""
+    if rank_of()[0]:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as file:
@@ -361,6 +522,14 @@ def draw_learning(log, success_ax, loss_ax):
     loss_ax.axhline(math.log(2), color="0.6", ls="--", label="ln 2: the branches tie")
     loss_ax.set(xlabel="training episodes, thousands", ylabel="loss")
     loss_ax.legend(frameon=False)
+
+
+def draw_run(out):
+    """log.csv -> learning.png. Rank 0 draws."""
+    if not rank_of()[0]:
+        fig, axes = flow.pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
+        draw_learning(read_log(out / "log.csv"), *axes)
+        fig.savefig(out / "learning.png", dpi=120)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -20,16 +20,21 @@ Saves:   runs/04_train_libero/{sft.pt, last.pt, best.pt, log.csv, test.csv, lear
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import functools
 import importlib
+import json
 import logging
+import multiprocessing
 import os
+import subprocess
 import sys
 import time
 import types
 from pathlib import Path
+from xml.etree import ElementTree
 
 import gymnasium as gym
 import numpy as np
@@ -91,9 +96,10 @@ def read_suite(suite):
     return tasks, files, [read_task(file) for file in files]
 
 
-def state_size(suite):
-    """Hand 11 numbers, then 10 for each entity of the suite's largest task."""
-    return 11 + 10 * max(len(entities) for _, _, entities in read_suite(suite)[2])
+def state_size(suite, obs="state"):
+    """Hand 11 numbers, then, unless there are images, 10 for each entity of the largest task."""
+    most = max(len(entities) for _, _, entities in read_suite(suite)[2])
+    return 11 + 10 * most * (obs == "state")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -120,15 +126,16 @@ def rot6(rot):
 class LiberoSim:
     """One LIBERO task, without robosuite's observation and rendering machinery.
 
-    observe(), float32: hand position 3, hand rot6, finger joints 2; then for each of the entities
-    position 3, rot6, drawer or knob opening 1; then zeros up to the largest task of the suite, so
-    that one policy fits all its tasks.
+    observe()["state"], float32: hand position 3, hand rot6, finger joints 2. With obs="state" then
+    for each of the entities position minus hand 3 (offsets generalise over the table), rot6, drawer
+    or knob opening 1, and zeros up to state_dim, so that one policy fits all tasks of a suite. With obs="rgb" instead ["rgb"], (2, 3, size, size)
+    uint8: agent and wrist camera. gl: "egl" or "osmesa" for a simulator that can draw.
     """
 
-    def __init__(self, suite, task):
+    def __init__(self, suite, task, obs="state", state_dim=None, gl=None, size=128):
         tasks, files, problems = read_suite(suite)
         self.instruction, _, self.entities = problems[task]
-        self.state_dim = state_size(suite)
+        self.obs, self.state_dim = obs, state_dim or state_size(suite, obs)
         self.init_states = np.asarray(tasks.get_task_init_states(task))     # (50, 1 + nq + nv)
         self.env = import_libero()(
             bddl_file_name=files[task], has_renderer=False, use_camera_obs=False,
@@ -147,6 +154,7 @@ class LiberoSim:
         # Initial states hold joints only, and cabinet and stove have none for their place: LIBERO
         # draws it anew (within 2 cm) at each reset. We draw once, so that a seed is a situation.
         self.layout = self.model.body_pos.copy(), self.model.body_quat.copy()
+        self.camera = Camera(self, gl, size) if gl else None
 
     def place(self, seed):
         """Draw fixtures, drawers and objects from the task's own samplers: env.reset() without
@@ -223,6 +231,21 @@ class LiberoSim:
             self.mj.mj_step2(m, d)  # contacts and integration
         return bool(self.env._check_success())
 
+    def replay(self, states, model_file):
+        """Recorded simulator states (T, 1 + nq + nv) -> the state observations there (T, S)."""
+        recorded, seen = ElementTree.fromstring(model_file), []
+        for fixture in self.env.fixtures_dict:
+            body = self.env.obj_body_id[fixture]
+            entry = recorded.find(f".//body[@name='{self.model.body(body).name}']")
+            for values, name in ((self.model.body_pos, "pos"), (self.model.body_quat, "quat")):
+                if entry is not None and name in entry.attrib:
+                    values[body] = np.array(entry.attrib[name].split(), float)
+        for state in states:
+            self.env.sim.set_state_from_flattened(state)
+            self.mj.mj_forward(self.model, self.data)
+            seen.append(self.observe()["state"])
+        return np.stack(seen)
+
     @property
     def hand(self):
         """Position (3,) and rotation (3, 3) of the point between the finger tips."""
@@ -241,12 +264,65 @@ class LiberoSim:
         return spot.xpos, spot.xmat.reshape(3, 3), opening
 
     def observe(self):
-        pos, rot = self.hand
-        parts = [pos, rot6(rot), self.data.qpos[self.finger]]
+        hand, rot = self.hand
+        parts = [hand, rot6(rot), self.data.qpos[self.finger]]
+        if self.obs == "rgb":
+            return {"state": np.concatenate(parts).astype(np.float32), "rgb": self.camera.look()}
         for pos, rot, opening in map(self.pose, self.entities):
-            parts += [pos, rot6(rot), [opening]]
-        values = np.concatenate(parts)
-        return np.pad(values, (0, self.state_dim - len(values))).astype(np.float32)
+            parts += [pos - hand, rot6(rot), [opening]]
+        values = np.concatenate(parts)[:self.state_dim]
+        return {"state": np.pad(values, (0, self.state_dim - len(values))).astype(np.float32)}
+
+
+def find_gl():
+    """-> "egl" (a GPU, or software) or "osmesa" (software): the first that draws without a screen.
+
+    A library may load and still find no device, so each makes a context in a process of its own.
+    """
+    attempt = ("import mujoco, mujoco.{0} as gl\ncontext = gl.GLContext(64, 64)\n"
+               "context.make_current()\n"
+               "mujoco.MjrContext(mujoco.MjModel.from_xml_string('<mujoco/>'), 100)")
+    for gl in ("egl", "osmesa"):
+        environment = {**os.environ, "MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
+        if subprocess.run([sys.executable, "-c", attempt.format(gl)], env=environment,
+                          capture_output=True).returncode == 0:
+            return gl
+    raise SystemExit("--obs rgb and --video draw without a screen: `apt-get install libegl1 "
+                     "libgl1-mesa-dri` (or libosmesa6), or use --obs state")
+
+
+class Camera:
+    """Agent and wrist camera of a LiberoSim: the pixels of LIBERO's own OffScreenRenderEnv."""
+
+    def __init__(self, sim, gl, size):
+        os.environ["PYOPENGL_PLATFORM"] = os.environ["MUJOCO_GL"] = gl
+        mj, self.sim, self.size = sim.mj, sim, size
+        sim.model.vis.global_.offwidth = sim.model.vis.global_.offheight = size
+        self.gl = importlib.import_module(f"mujoco.{gl}").GLContext(size, size)
+        self.gl.make_current()
+        self.context = mj.MjrContext(sim.model, mj.mjtFontScale.mjFONTSCALE_150)
+        atexit.register(lambda: (self.context.free(), self.gl.free()))  # before EGL itself ends
+        mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
+        self.scene, self.option = mj.MjvScene(sim.model, maxgeom=1000), mj.MjvOption()
+        self.option.geomgroup[0] = 0  # hide collision shapes
+        self.view = mj.MjvCamera()
+        self.view.type = mj.mjtCamera.mjCAMERA_FIXED
+        sim.env.visualize(dict.fromkeys(sim.env._visualizations, False))  # hide markers
+
+    def look(self):
+        """-> (2, 3, size, size) uint8, turned by 180 degrees as VLA data sets have it: upright, but
+        left and right are swapped."""
+        mj, model, area = self.sim.mj, self.sim.model, self.sim.mj.MjrRect(0, 0, *[self.size] * 2)
+        self.sim.env._post_process()  # a burning stove glows
+        self.gl.make_current()
+        images = np.empty((2, self.size, self.size, 3), dtype=np.uint8)
+        for image, name in zip(images, ("agentview", "robot0_eye_in_hand")):
+            self.view.fixedcamid = model.camera(name).id
+            mj.mjv_updateScene(model, self.sim.data, self.option, None, self.view,
+                               mj.mjtCatBit.mjCAT_ALL, self.scene)
+            mj.mjr_render(area, self.scene, self.context)
+            mj.mjr_readPixels(image, None, area, self.context)
+        return images[:, ::-1, ::-1].transpose(0, 3, 1, 2).copy()
 
 
 class TaskSims:
@@ -255,13 +331,13 @@ class TaskSims:
     A task's simulator is built when its first episode comes (a second or two each).
     """
 
-    def __init__(self, suite, language):
-        self.suite, self.language, self.sims = suite, language, {}
+    def __init__(self, suite, language, **view):
+        self.suite, self.language, self.view, self.sims = suite, language, view, {}
 
     def reset(self, seed):
         task, placement = divmod(seed, TASK)
         if task not in self.sims:
-            self.sims[task] = LiberoSim(self.suite, task)
+            self.sims[task] = LiberoSim(self.suite, task, **self.view)
         self.sim = self.sims[task]
         self.sim.reset(placement)
 
@@ -269,8 +345,31 @@ class TaskSims:
         return self.sim.advance(np.clip(action, -1, 1))
 
     def observe(self):
-        obs = {"state": self.sim.observe()}
+        obs = self.sim.observe()
         return {**obs, "instruction": self.sim.instruction} if self.language else obs
+
+
+class FilmedSims(TaskSims):
+    """TaskSims that writes each episode as an mp4, success or failure in its name."""
+
+    def __init__(self, folder, max_steps, *args, **view):
+        super().__init__(*args, **view)
+        self.folder, self.max_steps = Path(folder), max_steps
+
+    def reset(self, seed):
+        super().reset(seed)
+        self.name, self.frames = f"task{seed // TASK}_placement{seed % TASK}", []
+
+    def advance(self, action):
+        success = super().advance(action)
+        agent, wrist = self.sim.camera.look()[:, :, :, ::-1].transpose(0, 2, 3, 1)  # left is left
+        self.frames.append(np.hstack([agent, wrist]))
+        if success or len(self.frames) == self.max_steps:
+            import imageio
+            self.folder.mkdir(parents=True, exist_ok=True)
+            outcome = "success" if success else "failure"
+            imageio.mimwrite(self.folder / f"{self.name}_{outcome}.mp4", self.frames, fps=20)
+        return success
 
 
 # ------------------------------------------------------------------------------------------------
@@ -373,8 +472,8 @@ class DemoSims(TaskSims):
     so that the demos also show how to come back. A seed is the same demo on any number of workers.
     """
 
-    def __init__(self, suite, language, noise):
-        super().__init__(suite, language)
+    def __init__(self, noise, *args, **view):
+        super().__init__(*args, **view)
         self.noise = noise
 
     def reset(self, seed):
@@ -393,17 +492,24 @@ class DemoSims(TaskSims):
         return {**super().observe(), "action": self.expert.act(self.sim).astype(np.float32)}
 
 
-def make_envs(args, demos=False):
-    """Worker processes; with demos=True their observations hold the expert's action."""
-    box, language = gym.spaces.Box, len(args.tasks) > 1
-    space = {"state": box(-np.inf, np.inf, (state_size(args.suite),))}
+def make_envs(args, suite=None, demos=False, film=None):
+    """Worker processes. demos=True: their observations hold the expert's action; film: a folder."""
+    box, language, suite = gym.spaces.Box, len(args.tasks) > 1, suite or args.suite
+    space = {"state": box(-np.inf, np.inf, (args.state_dim,))}
+    size = 256 if film else args.image_size
+    if args.obs == "rgb":
+        space["rgb"] = box(0, 255, (2, 3, size, size), np.uint8)
     if language:  # one policy for several tasks reads which one it is in
-        letters = "".join(sorted(set("".join(text for text, _, _ in read_suite(args.suite)[2]))))
+        letters = "".join(sorted(set("".join(text for text, _, _ in read_suite(suite)[2]))))
         space["instruction"] = gym.spaces.Text(300, charset=letters)
-    make_sim = functools.partial(TaskSims, args.suite, language)
+    kind = TaskSims
     if demos:
         space["action"] = box(-1, 1, (ACTION_DIM,))
-        make_sim = functools.partial(DemoSims, args.suite, language, args.demo_noise)
+        kind = functools.partial(DemoSims, args.demo_noise)
+    if film:
+        kind = functools.partial(FilmedSims, film, args.max_steps)
+    make_sim = functools.partial(kind, suite, language, obs=args.obs, state_dim=args.state_dim,
+                                 gl=args.gl if film or args.obs == "rgb" else None, size=size)
     make = functools.partial(nft.ChunkEnv, make_sim, gym.spaces.Dict(space), ACTION_DIM,
                              args.max_steps, args.horizon)
     return nft.worker_envs(make, args.num_envs)
@@ -430,6 +536,83 @@ def collect_demos(args):
     return flow.take(rows["obs"], torch.cat(kept)), chunks
 
 
+class ImagesOnDisk:
+    """Rows of images that stay in their HDF5 files until they are asked for."""
+
+    shown = "agentview_rgb", "eye_in_hand_rgb"
+
+    def __init__(self, frames):
+        self.frames, self.files = frames, {}        # [(file, demo, step), ...]
+
+    def __getitem__(self, rows):
+        """rows (B,) -> (B, 2, 3, height, width) uint8, turned upright (they lie upside down)."""
+        import h5py
+        images = []
+        for file, demo, step in (self.frames[i] for i in rows.tolist()):
+            if file not in self.files:
+                self.files[file] = h5py.File(file)
+            obs = self.files[file]["data"][demo]["obs"]
+            images.append([obs[name][step][::-1, ::-1] for name in self.shown])
+        return torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3)
+
+
+def recorded_states(suite, task, file, num_demos, skip_no_ops, obs, state_dim):
+    """Replays the simulator states of an official file -> [(demo, steps, states, actions), ...].
+
+    Runs in a process of its own, like every simulator. The recorded poses of fixtures come with
+    each demo's model, everything else with its states.
+    """
+    import h5py
+    wanted, sim = read_suite(suite)[2][task][0], None
+    try:
+        with h5py.File(file) as content:
+            data = content["data"]
+            told = json.loads(data.attrs["problem_info"])["language_instruction"]
+            told = told if isinstance(told, str) else " ".join(told)
+            if told.strip('"').lower() != wanted.lower():
+                return f"{file} shows '{told}', but task {task} of --suite {suite} is '{wanted}'"
+            sim, demos = LiberoSim(suite, task, "state", state_dim if obs == "state" else None), []
+            for name in sorted(data, key=lambda name: int(name.split("_")[1]))[:num_demos]:
+                actions, states = data[name]["actions"][:], data[name]["states"][:]
+                still = np.abs(actions[:, :6]).max(axis=1) < 1e-4
+                same_grip = np.append(False, actions[1:, 6] == actions[:-1, 6])
+                steps = np.flatnonzero(~(still & same_grip) | (not skip_no_ops))
+                seen = sim.replay(states[steps], data[name].attrs["model_file"])
+                demos.append((name, steps, seen[:, :state_size(suite, obs)], actions[steps]))
+            return demos
+    except (OSError, KeyError, ValueError) as error:
+        return f"--demos {file} is no complete LIBERO demonstration file ({error}): fetch it again"
+
+
+def load_demos(args):
+    """--demos PATH, official HDF5 files -> the same as `collect_demos`."""
+    tasks, frames, states, chunks, texts = read_suite(args.suite)[0], [], [], [], []
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        for task in args.tasks:
+            file = Path(args.demos)
+            file = file / f"{tasks.get_task(task).name}_demo.hdf5" if file.is_dir() else file
+            if not file.exists():
+                raise SystemExit(f"--demos: {file} is missing; give the folder of LIBERO's "
+                                 f"demonstrations for --suite {args.suite}, or --demos scripted")
+            demos = pool.apply(recorded_states, (args.suite, task, str(file), args.num_demos,
+                                                 args.skip_no_ops, args.obs, args.state_dim))
+            if isinstance(demos, str):
+                raise SystemExit(demos)
+            for name, steps, seen, actions in demos:
+                frames += [(str(file), name, step) for step in steps]
+                texts += [read_suite(args.suite)[2][task][0]] * len(steps)
+                states.append(torch.from_numpy(seen))
+                actions = torch.from_numpy(actions).float()
+                chunks.append(flow.sliding_chunks(actions, args.horizon))
+    obs = {"state": torch.cat(states)}
+    if args.obs == "rgb":
+        obs["rgb"] = ImagesOnDisk(frames)
+    if len(args.tasks) > 1:
+        obs["instruction"] = texts
+    print(f"{len(chunks)} recorded demos: {len(frames)} chunks of {args.horizon} actions")
+    return obs, torch.cat(chunks)
+
+
 # ------------------------------------------------------------------------------------------------
 # Training
 
@@ -440,65 +623,86 @@ def episode_seeds(tasks, placements):
     return np.asarray(tasks)[placements % len(tasks)] * TASK + placements
 
 
-def report(name, success, what):
-    low, high = flow.wilson(success)
-    print(f"{name}: success {success.mean():.3f} [{low:.3f}, {high:.3f}] over {len(success)} "
-          f"episodes, ODE, {what}", flush=True)
-    return float(success.mean())
-
-
 def validate(name, policy, args, envs):
     seeds = episode_seeds(args.tasks, range(VALIDATION, VALIDATION + args.eval_episodes))
-    success = flow.evaluate(policy, envs, seeds, args.num_steps, "evaluate")
-    return report(f"validation, {name}", success, f"random placements {VALIDATION}..")
+    success = nft.evaluate(policy, envs, seeds, args.num_steps, "evaluate")
+    return nft.report(f"validation, {name}", success, f"random placements {VALIDATION}..")
 
 
-def test(name, policy, args, envs, out):
-    """Both tables, and a csv row for each task of each -> success on the official states."""
-    official = [TASK * task + i for task in args.tasks for i in range(OFFICIAL)]
-    random = episode_seeds(args.tasks, range(TEST, TEST + args.test_episodes))
-    for where, seeds in (("random placements", random), ("official initial states", official)):
-        if len(seeds) == 0:
-            continue
-        success = flow.evaluate(policy, envs, seeds, args.num_steps, f"test, {where}")
-        rate = report(f"test, {name}", success, where)
+def test(name, policy, args, envs, suite=None):
+    """Official states, and random ones in the suite of the training; a csv row for each task.
+
+    Returns the success on the official states.
+    """
+    seeds = {"official initial states": [TASK * t + i for t in args.tasks for i in range(OFFICIAL)]}
+    if suite is None and args.test_episodes:
+        seeds["random placements"] = episode_seeds(args.tasks,
+                                                   range(TEST, TEST + args.test_episodes))
+    rates = []
+    for starts, played in seeds.items():
+        success = nft.evaluate(policy, envs, played, args.num_steps, f"test, {starts}")
+        rates.append(nft.report(f"test, {name}, {suite or args.suite}", success, starts))
         for task in args.tasks:
-            own = success[np.asarray(seeds) // TASK == task]
+            own = success[np.asarray(played) // TASK == task]
             if len(own):
                 low, high = flow.wilson(own)
-                nft.log_row(out / "test.csv", {
-                    "policy": name, "suite": args.suite, "task": task, "starts": where,
+                nft.log_row(Path(args.out) / "test.csv", {
+                    "policy": name, "suite": suite or args.suite, "task": task, "starts": starts,
                     "episodes": len(own), "success": own.mean(), "low": low, "high": high})
-    return rate
+    return rates[0]
+
+
+def test_all(policies, args, envs):
+    """The tables of the training suite and of --eval-suites, then videos of the last policy."""
+    (Path(args.out) / "test.csv").unlink(missing_ok=True)
+    rates = [test(name, policy, args, envs) for name, policy in policies.items()]
+    for suite in args.eval_suites:
+        changed = make_envs(args, suite)
+        for name, policy in policies.items():
+            test(name, policy, args, changed, suite)
+        changed.close()
+    if args.video and nft.rank_of()[0] == 0:
+        folder, policy = Path(args.out) / "videos", list(policies.values())[-1]
+        filmed = make_envs(args, film=folder)
+        seeds = episode_seeds(args.tasks, range(TEST, TEST + args.video))
+        flow.evaluate(policy, filmed, seeds, args.num_steps, "film")
+        filmed.close()
+        print(f"saved {args.video} episodes in {folder}")
+    return rates
+
+
+def pretrain(args, out, device):
+    """Demos -> SFT -> sft.pt."""
+    torch.manual_seed(args.seed)
+    policy = flow.FlowPolicy(args.horizon, ACTION_DIM, state_dim=args.state_dim, width=512,
+                             cameras=2 * (args.obs == "rgb"), language=len(args.tasks) > 1)
+    obs, chunks = collect_demos(args) if args.demos == "scripted" else load_demos(args)
+    loss = flow.train_sft(policy.to(device), obs, chunks, args.sft_steps)
+    print(f"SFT: flow matching loss {loss:.3f}")
+    nft.save(out / "sft.pt", policy)
 
 
 def train(args, envs, out, device):
-    """Demos -> SFT -> pi-StepNFT. Returns (SFT policy, best policy, state)."""
-    torch.manual_seed(args.seed)
-    sft = flow.FlowPolicy(args.horizon, ACTION_DIM, state_dim=state_size(args.suite),
-                          language=len(args.tasks) > 1, width=512).to(device)
-    if args.resume:
-        sft, _ = flow.load_policy(out / "sft.pt", device)
-    else:
-        obs, chunks = collect_demos(args)
-        loss = flow.train_sft(sft, flow.to_torch(obs, device), chunks.to(device), args.sft_steps)
-        print(f"SFT: flow matching loss {loss:.3f}")
-        flow.save_checkpoint(out / "sft.pt", config=sft.config, policy=sft.state_dict())
-
+    """SFT -> pi-StepNFT. Returns (SFT policy, best policy, state)."""
+    if not args.resume and nft.rank_of()[0] == 0:
+        pretrain(args, out, device)
+    nft.gather([0])  # the other ranks wait here
+    sft, _ = flow.load_policy(out / "sft.pt", device)
     policy, old, best = (copy.deepcopy(sft) for _ in range(3))  # old acts, policy learns
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     acting, learning = nft.method(args)
     state = {"iteration": 0, "env_steps": 0, "best_rate": -1.0}
     if args.resume:
-        state = restore(out / "last.pt", policy, old, best, optimizer, device)
+        state = nft.load_run(out / "last.pt", policy, old, best, optimizer, device)
     elif args.iterations:
         state["best_rate"] = validate("SFT", sft, args, envs)
 
     while state["iteration"] < args.iterations:
         start, i = time.time(), state["iteration"]
+        nft.seed_iteration(args.seed, i)
         first = TRAIN + args.seed * 1_000_000 + i * args.episodes
         seeds = episode_seeds(args.tasks, nft.start_seeds(first, args.episodes, args.labels))
-        success, batch = nft.rollout(old, envs, seeds, **acting,
+        success, batch = nft.rollout(old, envs, nft.share(seeds), **acting,
                                      desc=f"iteration {i + 1}/{args.iterations}")
         played = time.time()
         batch["y"] = nft.labels(success, batch["episode"], args.labels)
@@ -510,134 +714,110 @@ def train(args, envs, out, device):
         nft.ema_update(old, policy, alpha)
         updated = time.time()
         state["iteration"] = i + 1
-        state["env_steps"] += int(batch["mask"].sum())
+        state["env_steps"] += int(nft.gather(batch["mask"].sum()[None]).sum())
         rate = ""
         if (i + 1) % args.eval_every == 0 or i + 1 == args.iterations:
             rate = validate(f"iteration {i + 1}", policy, args, envs)
             if rate >= state["best_rate"]:
                 state["best_rate"], best = rate, copy.deepcopy(policy)
-                flow.save_checkpoint(out / "best.pt", config=best.config, policy=best.state_dict())
+                nft.save(out / "best.pt", best)
         nft.log_row(out / "log.csv", {
             "iteration": i + 1, "episodes": (i + 1) * args.episodes,
-            "env_steps": state["env_steps"], "train_sde": success.mean(), "eval_ode": rate,
-            **info, "alpha": alpha, "rollout_seconds": played - start,
+            "env_steps": state["env_steps"], "train_sde": nft.gather(success).mean(),
+            "eval_ode": rate, **info, "alpha": alpha, "rollout_seconds": played - start,
             "update_seconds": updated - played})
-        flow.save_checkpoint(out / "last.pt", config=policy.config, policy=policy.state_dict(),
-                             old=old.state_dict(), best=best.state_dict(), state=state,
-                             optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
+        nft.save_run(out / "last.pt", policy, old, best, optimizer, state)
     return sft, best, state
-
-
-def restore(path, policy, old, best, optimizer, device):
-    """Everything a run needs to go on as if it had never stopped."""
-    checkpoint = torch.load(path, map_location=device, weights_only=False)
-    policy.load_state_dict(checkpoint["policy"])
-    old.load_state_dict(checkpoint["old"])
-    best.load_state_dict(checkpoint["best"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"].cpu())
-    return checkpoint["state"]
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--suite", default="libero_object", help="LIBERO suite, or one of LIBERO-PRO's variants")
+    add("--suite", default="libero_object", help=f"LIBERO suite: {', '.join(HORIZONS)}")
     add("--tasks", nargs="+", default=["0"], help="task numbers in the suite, or all")
-    add("--num-demos", type=int, default=30, help="scripted demonstrations per task for SFT")
-    add("--demo-noise", type=float, default=0.5, help="std of the bursts of noise in the demos")
-    add("--sft-steps", type=int, default=5000, help="optimisation steps of flow matching")
-    add("--iterations", type=int, default=20, help="RL iterations; 0 trains and evaluates SFT only")
-    add("--episodes", type=int, default=256, help="episodes per iteration, all tasks together")
-    add("--max-steps", type=int, help="time limit in control steps; LIBERO's own when left out")
-    add("--horizon", type=int, default=8, help="H, actions per chunk")
-    add("--lr", type=float, default=3e-4, help="Adam's learning rate, falling linearly to 0")
-    add("--epochs", type=int, default=3, help="passes over each batch")
-    add("--minibatch", type=int, default=512, help="chunks per optimisation step")
-    add("--eval-every", type=int, default=5, help="iterations between validations")
-    add("--eval-episodes", type=int, default=100, help="episodes per validation")
-    add("--test-episodes", type=int, default=200, help="random placements in the final test")
-    add("--num-envs", type=int, default=len(os.sched_getaffinity(0)), help="simulator processes")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the policy")
-    add("--seed", type=int, default=0, help="seed of demos, SFT, rollouts and updates, 0 to 7")
-    add("--out", default="runs/04_train_libero", help="folder of logs and checkpoints")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--eval-only", metavar="CHECKPOINT", help="test this policy and stop")
+    add("--obs", default="state", choices=["state", "rgb"],
+        help="poses of the objects, or two cameras (needs EGL or OSMesa); both with the hand's pose")
+    add("--image-size", type=int, default=128, help="height and width of the camera images")
+    add("--demos", default="scripted", metavar="PATH",
+        help="scripted, or a folder (or file) of LIBERO's official HDF5 demonstrations")
+    add("--skip-no-ops", action="store_true", help="leave out recorded steps that do nothing")
+    add("--eval-suites", nargs="*", default=[], metavar="SUITE",
+        help="further suites for the final test; _swap _object _lan _task are LIBERO-PRO's variants "
+             "of --suite")
+    add("--video", type=int, default=0, metavar="N", help="film N test episodes as mp4")
+    nft.add_run_flags(parser, num_demos=16, demo_noise=0.5, sft_steps=3000, iterations=20,
+                      horizon=8, eval_episodes=100, out="runs/04_train_libero")
     nft.add_method_flags(parser, transitions="all", labels="grouped", ema=[0.1, 0.5])
     args = parser.parse_args()
     nft.check_method(args)
     return args
 
 
-def check(args, out):
-    """What a user can get wrong, told in one line before anything is simulated or written."""
-    _, _, problems = read_suite(args.suite)
+def check(args):
+    """The flags of this script, told in one line like those of `check_run`; fills in defaults."""
+    problems = read_suite(args.suite)[2]
     numbers = {str(i): i for i in range(len(problems))}
     for task in args.tasks if args.tasks != ["all"] else []:
         if task not in numbers:
             raise SystemExit(f"--tasks {task}: {args.suite} has 0 to {len(problems) - 1}, or all")
     args.tasks = sorted(numbers[task] for task in set(args.tasks) & set(numbers) or numbers)
-    if args.max_steps is None:
-        args.max_steps = next((n for k, n in HORIZONS.items() if args.suite.startswith(k)), 400)
-    fresh = not (args.resume or args.eval_only)
-    for task in args.tasks if fresh else []:
+    scripted = args.demos == "scripted" and not (args.resume or args.eval_only)
+    for task in args.tasks if scripted else []:
         if not skill(*problems[task][1:]):
             able = [i for i, problem in enumerate(problems) if skill(*problem[1:])]
             raise SystemExit(f"--tasks {task}: no scripted expert for '{problems[task][0]}'; "
                              f"in this suite it can do {able or 'none, try --suite libero_object'}")
-    if args.num_demos < 1 and fresh:
-        raise SystemExit("--num-demos 0: SFT needs at least one demonstration")
-    if args.num_demos > 1000 or not 0 <= args.seed <= 7:
-        raise SystemExit("--num-demos goes to 1000 and --seed from 0 to 7: beyond, the episodes of "
-                         "demos, validation, test and training would overlap")
-    if min(args.episodes, args.eval_episodes, args.num_envs, args.horizon) < 1:
-        raise SystemExit("--episodes, --eval-episodes, --num-envs, --horizon: give at least 1")
+    args.eval_suites = [args.suite + s if s.startswith("_") else s for s in args.eval_suites]
+    for suite in args.eval_suites:
+        read_suite(suite)
+    if args.max_steps is None:
+        args.max_steps = next((n for k, n in HORIZONS.items() if args.suite.startswith(k)), 400)
+    args.state_dim = state_size(args.suite, args.obs)
     try:
         nft.start_seeds(TRAIN, args.episodes, args.labels)
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    if args.eval_only and not Path(args.eval_only).exists():
-        raise SystemExit(f"--eval-only {args.eval_only}: no such file; train first")
-    if args.resume and not (out / "last.pt").exists():
-        raise SystemExit(f"--resume: {out}/last.pt is missing; start without --resume")
-    if fresh and (out / "log.csv").exists():
-        raise SystemExit(f"--out {out} holds a run: --resume continues it, another --out keeps it")
-    for path in filter(None, [args.eval_only, args.resume and out / "last.pt"]):
-        config = torch.load(path, map_location="cpu", weights_only=False)["config"]
-        wanted = {"horizon": ("--horizon", args.horizon),
-                  "state_dim": ("--suite", state_size(args.suite)),
-                  "language": ("--tasks", len(args.tasks) > 1)}
-        for name, (flag, value) in wanted.items():
-            if config[name] != value:
-                raise SystemExit(f"{path} was trained with {name} {config[name]}, this run has "
-                                 f"{value}: use the {flag} it was trained with")
+    nft.check_run(args, {"cameras": ("--obs", 2 * (args.obs == "rgb")),
+                         "horizon": ("--horizon", args.horizon),
+                         "state_dim": ("--suite", args.state_dim),
+                         "language": ("--tasks", len(args.tasks) > 1)})
+    args.gl = find_gl() if args.obs == "rgb" or args.video else None
+
+
+def run(args, envs, device):
+    out, start, task = Path(args.out), time.time(), ",".join(map(str, args.tasks))
+    if args.eval_only:
+        policy, _ = flow.load_policy(args.eval_only, device)
+        rate, = test_all({args.eval_only: policy}, args, envs)
+        print(f"RESULT suite={args.suite} task={task} success={rate:.3f} "
+              f"episodes={OFFICIAL * len(args.tasks)} seconds={time.time() - start:.0f}")
+        return
+    sft, best, state = train(args, envs, out, device)
+    before, *after = test_all({"SFT": sft} | ({"pi-StepNFT": best} if args.iterations else {}),
+                              args, envs)
+    if args.iterations:
+        nft.draw_run(out)
+    print(f"RESULT suite={args.suite} task={task} sft={before:.3f} stepnft={[before, *after][-1]:.3f} "
+          f"episodes={args.iterations * args.episodes} env_steps={state['env_steps']} "
+          f"seconds={time.time() - start:.0f}")
 
 
 def main():
-    args, start = parse_args(), time.time()
-    out, device = Path(args.out), torch.device(args.device)
-    check(args, out)
+    args = parse_args()
+    check(args)
+    device = nft.join_ranks(args.device)
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-    envs, task = make_envs(args), ",".join(map(str, args.tasks))
-    if args.eval_only:
-        policy, _ = flow.load_policy(args.eval_only, device)
-        rate = test(args.eval_only, policy, args, envs, out)
-        print(f"RESULT suite={args.suite} task={task} success={rate:.3f} "
-              f"episodes={OFFICIAL * len(args.tasks)} seconds={time.time() - start:.0f}")
-    else:
-        sft, best, state = train(args, envs, out, device)
-        (out / "test.csv").unlink(missing_ok=True)
-        before = after = test("SFT", sft, args, envs, out)
-        if args.iterations:
-            after = test("pi-StepNFT", best, args, envs, out)
-            fig, axes = flow.pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
-            nft.draw_learning(nft.read_log(out / "log.csv"), *axes)
-            fig.savefig(out / "learning.png", dpi=120)
-        print(f"RESULT suite={args.suite} task={task} sft={before:.3f} stepnft={after:.3f} "
-              f"episodes={args.iterations * args.episodes} env_steps={state['env_steps']} "
-              f"seconds={time.time() - start:.0f}")
-    envs.close()
+    envs = make_envs(args)
+    try:
+        run(args, envs, device)
+        envs.close()
+    except flow.SimulatorDied as error:
+        starts = [f"task {seed // TASK} from " + ("initial state" if seed % TASK < OFFICIAL else
+                  "placement") + f" {seed % TASK} (seed {seed})" for seed in error.args[0]]
+        raise SystemExit(f"a simulator process died (out of memory?) while playing one of: "
+                         f"{'; '.join(starts)}. Checkpoints in {args.out} are whole: --resume "
+                         f"continues the last") from error
 
 
 if __name__ == "__main__":

@@ -301,43 +301,44 @@ def collect_demos(envs, num_demos, seed, horizon, noise=0.0):
 # Training
 
 
-def report(name, success, start_seed):
-    low, high = flow.wilson(success)
-    print(f"{name}: success {success.mean():.3f} [{low:.3f}, {high:.3f}] over {len(success)} "
-          f"episodes, ODE, seeds {start_seed}..{start_seed + len(success) - 1}", flush=True)
-    return float(success.mean())
+def pretrain(args, envs, out, device):
+    """Demos -> SFT -> sft.pt."""
+    torch.manual_seed(args.seed)
+    policy = flow.FlowPolicy(args.horizon, ACTION_DIM, state_dim=STATE_DIM, width=256).to(device)
+    obs, chunks = collect_demos(envs, args.num_demos, args.seed, args.horizon, args.demo_noise)
+    print(f"{args.num_demos} demos, {len(chunks)} chunks of {args.horizon} actions")
+    loss = flow.train_sft(policy, obs, chunks, args.sft_steps)
+    print(f"SFT: flow matching loss {loss:.3f}")
+    nft.save(out / "sft.pt", policy)
+
+
+def evaluate(name, policy, args, envs, first, episodes):
+    success = nft.evaluate(policy, envs, range(first, first + episodes), args.num_steps, name)
+    return nft.report(name, success, f"seeds {first}..{first + episodes - 1}")
 
 
 def train(args, envs, out, device):
-    """Demos -> SFT -> pi-StepNFT. Returns (SFT policy, best policy, env steps, episodes)."""
-    sft = flow.FlowPolicy(args.horizon, ACTION_DIM, state_dim=STATE_DIM, width=256).to(device)
-    torch.manual_seed(args.seed)
-    if args.resume:
-        sft, _ = flow.load_policy(out / "sft.pt", device)
-    else:
-        demos = collect_demos(envs, args.num_demos, args.seed, args.horizon, args.demo_noise)
-        print(f"{args.num_demos} demos, {len(demos[1])} chunks of {args.horizon} actions")
-        obs, chunks = flow.to_torch(demos[0], device), demos[1].to(device)
-        loss = flow.train_sft(sft, obs, chunks, args.sft_steps)
-        print(f"SFT: flow matching loss {loss:.3f}")
-        flow.save_checkpoint(out / "sft.pt", config=sft.config, policy=sft.state_dict())
-
+    """SFT -> pi-StepNFT. Returns (SFT policy, best policy, state)."""
+    if not args.resume and nft.rank_of()[0] == 0:
+        pretrain(args, envs, out, device)
+    nft.gather([0])  # the other ranks wait here
+    sft, _ = flow.load_policy(out / "sft.pt", device)
     policy, old, best = (copy.deepcopy(sft) for _ in range(3))  # old acts, policy learns
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     acting, learning = nft.method(args)
-    validation = range(VALIDATION, VALIDATION + args.eval_episodes)
+    validation = VALIDATION, args.eval_episodes
     state = {"iteration": 0, "env_steps": 0, "best_rate": -1.0}
     if args.resume:
-        state = restore(out / "last.pt", policy, old, best, optimizer, device)
+        state = nft.load_run(out / "last.pt", policy, old, best, optimizer, device)
     elif args.iterations:
-        state["best_rate"] = report("validation, SFT", flow.evaluate(
-            sft, envs, validation, args.num_steps, "evaluate"), VALIDATION)
+        state["best_rate"] = evaluate("validation, SFT", sft, args, envs, *validation)
 
     while state["iteration"] < args.iterations:
         start, i = time.time(), state["iteration"]
+        nft.seed_iteration(args.seed, i)
         first = TRAIN + args.seed * 1_000_000 + i * args.episodes
         seeds = nft.start_seeds(first, args.episodes, args.labels)
-        success, batch = nft.rollout(old, envs, seeds, **acting,
+        success, batch = nft.rollout(old, envs, nft.share(seeds), **acting,
                                      desc=f"iteration {i + 1}/{args.iterations}")
         played = time.time()
         batch["y"] = nft.labels(success, batch["episode"], args.labels)
@@ -348,62 +349,33 @@ def train(args, envs, out, device):
         alpha = nft.ema_decay(i, args.iterations, *args.ema)
         nft.ema_update(old, policy, alpha)
         updated = time.time()
-        state["iteration"], state["env_steps"] = i + 1, state["env_steps"] + int(batch["mask"].sum())
+        state["iteration"] = i + 1
+        state["env_steps"] += int(nft.gather(batch["mask"].sum()[None]).sum())
         rate = ""
         if (i + 1) % args.eval_every == 0 or i + 1 == args.iterations:
-            rate = report(f"validation, iteration {i + 1}", flow.evaluate(
-                policy, envs, validation, args.num_steps, "evaluate"), VALIDATION)
+            rate = evaluate(f"validation, iteration {i + 1}", policy, args, envs, *validation)
             if rate >= state["best_rate"]:
                 state["best_rate"], best = rate, copy.deepcopy(policy)
-                flow.save_checkpoint(out / "best.pt", config=best.config, policy=best.state_dict())
+                nft.save(out / "best.pt", best)
         nft.log_row(out / "log.csv", {
-            "iteration": i + 1, "episodes": (i + 1) * args.episodes, "env_steps": state["env_steps"],
-            "train_sde": success.mean(), "eval_ode": rate, **info, "alpha": alpha,
-            "rollout_seconds": played - start, "update_seconds": updated - played})
-        flow.save_checkpoint(out / "last.pt", config=policy.config, policy=policy.state_dict(),
-                             old=old.state_dict(), best=best.state_dict(), state=state,
-                             optimizer=optimizer.state_dict(), rng=torch.get_rng_state())
+            "iteration": i + 1, "episodes": (i + 1) * args.episodes,
+            "env_steps": state["env_steps"], "train_sde": nft.gather(success).mean(),
+            "eval_ode": rate, **info, "alpha": alpha, "rollout_seconds": played - start,
+            "update_seconds": updated - played})
+        nft.save_run(out / "last.pt", policy, old, best, optimizer, state)
     return sft, best, state
-
-
-def restore(path, policy, old, best, optimizer, device):
-    """Everything a run needs to go on as if it had never stopped."""
-    checkpoint = torch.load(path, map_location=device, weights_only=False)
-    policy.load_state_dict(checkpoint["policy"])
-    old.load_state_dict(checkpoint["old"])
-    best.load_state_dict(checkpoint["best"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"].cpu())
-    return checkpoint["state"]
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--task", default="PickCube-v1", help="ManiSkill task with a scripted controller here")
-    add("--num-demos", type=int, default=20, help="scripted demonstrations for SFT")
-    add("--demo-noise", type=float, default=0.1, help="noise on executed demo actions")
-    add("--sft-steps", type=int, default=1000, help="optimisation steps of flow matching")
-    add("--iterations", type=int, default=18, help="RL iterations; 0 trains and evaluates SFT only")
-    add("--episodes", type=int, default=256, help="episodes per iteration")
-    add("--max-steps", type=int, default=24, help="time limit of an episode, in control steps")
-    add("--horizon", type=int, default=4, help="H, actions per chunk")
-    add("--lr", type=float, default=3e-4, help="Adam's learning rate, falling linearly to 0")
-    add("--epochs", type=int, default=3, help="passes over each batch")
-    add("--minibatch", type=int, default=512, help="chunks per optimisation step")
-    add("--eval-every", type=int, default=3, help="iterations between validations")
-    add("--eval-episodes", type=int, default=200, help="episodes per validation")
-    add("--test-episodes", type=int, default=400, help="episodes of the final test")
-    add("--num-envs", type=int, default=len(os.sched_getaffinity(0)),
-        help="simulators at a time: processes on the CPU, parallel scenes on a GPU (try 512)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the policy")
-    add("--backend", default=None, choices=["physx_cpu", "physx_cuda"],
-        help="of the physics; default: physx_cuda when --device is cuda")
-    add("--seed", type=int, default=0, help="seed of demos, SFT, rollouts and updates")
-    add("--out", default="runs/05_train_maniskill", help="folder of logs and checkpoints")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--eval-only", metavar="CHECKPOINT", help="test this policy and stop")
+    parser.add_argument("--task", default="PickCube-v1",
+                        help="ManiSkill task with a scripted controller here")
+    parser.add_argument("--backend", default=None, choices=["physx_cpu", "physx_cuda"],
+                        help="of the physics; default: physx_cuda when --device is cuda. On a GPU "
+                             "one process holds all --num-envs (try 512)")
+    nft.add_run_flags(parser, iterations=18, max_steps=24, eval_every=3, test_episodes=400,
+                      out="runs/05_train_maniskill")
     nft.add_method_flags(parser, transitions="all", labels="grouped", noise_level=0.3,
                          ema=[0.1, 0.5])
     args = parser.parse_args()
@@ -412,47 +384,26 @@ def parse_args():
     return args
 
 
-def check(args, out):
-    """What a user can get wrong, told in one line before anything is simulated or written."""
-    check_task(args.task)
-    if args.num_demos < 1 and not (args.resume or args.eval_only):
-        raise SystemExit("--num-demos 0: SFT needs at least one demonstration")
-    if args.eval_only and not Path(args.eval_only).exists():
-        raise SystemExit(f"--eval-only {args.eval_only}: no such file; train first")
-    if args.resume and not (out / "last.pt").exists():
-        raise SystemExit(f"--resume: {out}/last.pt is missing; start without --resume")
-    if not (args.resume or args.eval_only) and (out / "log.csv").exists():
-        raise SystemExit(f"--out {out} holds a run: --resume continues it, another --out keeps it")
-    for path in filter(None, [args.eval_only, args.resume and out / "last.pt"]):
-        config = torch.load(path, map_location="cpu", weights_only=False)["config"]
-        wanted = {"horizon": args.horizon, "action_dim": ACTION_DIM, "state_dim": STATE_DIM}
-        for name, value in wanted.items():
-            if config[name] != value:
-                raise SystemExit(f"{path} was trained with {name} {config[name]}, this run has {value}:"
-                                 f" use the flags it was trained with (--{name.split('_')[0]})")
-
-
 def main():
     warnings.filterwarnings("ignore")  # the simulator's own, about drivers nobody needs here
     args, start = parse_args(), time.time()
-    out, device = Path(args.out), torch.device(args.device)
-    check(args, out)
+    check_task(args.task)
+    nft.check_run(args, {"horizon": ("--horizon", args.horizon),
+                         "state_dim": ("--task", STATE_DIM)})
+    out, device = Path(args.out), nft.join_ranks(args.device)
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-    envs = make_envs(args)
-    test = range(TEST, TEST + args.test_episodes)
+    envs, test = make_envs(args), (TEST, args.test_episodes)
     if args.eval_only:
         policy, _ = flow.load_policy(args.eval_only, device)
-        rate = report("test", flow.evaluate(policy, envs, test, args.num_steps, "test"), TEST)
-        print(f"RESULT task={args.task} success={rate:.3f} episodes={len(test)} "
+        rate = evaluate("test", policy, args, envs, *test)
+        print(f"RESULT task={args.task} success={rate:.3f} episodes={args.test_episodes} "
               f"seconds={time.time() - start:.0f}")
     else:
         sft, best, state = train(args, envs, out, device)
-        before, after = (report(f"test, {name}", flow.evaluate(p, envs, test, args.num_steps, "test"),
-                                TEST) for name, p in (("SFT", sft), ("pi-StepNFT", best)))
+        before = after = evaluate("test, SFT", sft, args, envs, *test)
         if args.iterations:
-            fig, axes = flow.pyplot().subplots(1, 2, figsize=(10, 4), layout="constrained")
-            nft.draw_learning(nft.read_log(out / "log.csv"), *axes)
-            fig.savefig(out / "learning.png", dpi=120)
+            after = evaluate("test, pi-StepNFT", best, args, envs, *test)
+            nft.draw_run(out)
         print(f"RESULT task={args.task} sft={before:.3f} stepnft={after:.3f} "
               f"episodes={args.iterations * args.episodes} env_steps={state['env_steps']} "
               f"seconds={time.time() - start:.0f}")

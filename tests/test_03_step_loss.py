@@ -6,6 +6,8 @@ import csv
 import importlib
 import inspect
 import math
+import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -603,6 +605,47 @@ def test_gradients_do_not_pile_up():
         loss.update(other, torch.optim.SGD(other.parameters(), lr=0.1), batch, epochs=1)
     for p, q in zip(policy.parameters(), other.parameters()):
         torch.testing.assert_close(p, q)
+
+
+def updated(batch):
+    """The parameters after two epochs of SGD, from a fixed start and a fixed order."""
+    torch.manual_seed(1)
+    policy = Foreign(3)
+    info = loss.update(policy, torch.optim.SGD(policy.parameters(), lr=0.1), batch, epochs=2,
+                       minibatch=5)
+    return torch.cat([p.detach().flatten() for p in policy.parameters()]), info
+
+
+def one_of_two_ranks(rank, port, batch, folder):
+    environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=port)
+    os.environ.update({k: str(v) for k, v in environment.items()})
+    loss.join_ranks("cpu")
+    torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    own = (batch["episode"] < 9) == (rank == 0)                    # nine rows here, three there
+    label = loss.labels(np.arange(6) < (2 if rank else 5), torch.arange(6), "centered")
+    result = *updated({k: {"state": v["state"][own]} if k == "obs" else v[own]
+                       for k, v in batch.items()}), label, loss.share(range(8))
+    torch.save(result, folder / f"{rank}.pt")
+
+
+def test_two_ranks_update_like_one_with_the_joined_batch(tmp_path):
+    """Uneven ranks, a rank without a row in some minibatch, centered labels: all as if alone."""
+    batch = recorded_batch(Foreign(3))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(one_of_two_ranks, (port, batch, tmp_path), nprocs=2)
+    alone, info = updated(batch)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    for parameters, metrics, *_ in ranks:
+        torch.testing.assert_close(parameters, alone)
+        for name in ("loss", "grad_norm"):
+            assert metrics[name] == pytest.approx(info[name], rel=1e-4)
+    y = torch.cat([label for _, _, label, _ in ranks])             # 7 successes in 12 episodes
+    torch.testing.assert_close(y, torch.tensor([1.0] * 5 + [-1] + [1] * 2 + [-1] * 4) - 2 / 12)
+    assert np.concatenate([seeds for *_, seeds in ranks]).tolist() == list(range(8))
 
 
 def test_an_update_leaves_the_batch_as_it_was():

@@ -134,7 +134,7 @@ MUTANTS = {
         (".float() * 2 - 1", ".float()"),                                  # 0 and 1
         (".float() * 2 - 1", ".float() * -2 + 1"),                         # wrong sign
         ("torch.as_tensor(success)", "torch.as_tensor(success).roll(1)"),  # off by one episode
-        ("y - y.mean()", "y - y[episode].mean()"),                         # mean over rows
+        ("y - gather(y).mean()", "y - y[episode].mean()"),                 # mean over rows
         ('if kind == "centered"', "if True"),                              # always centered
         ("groups.mean(1, keepdim=True)", "groups.mean()"),                 # mean over all groups
         ("y.view(-1, group_size)", "y.view(group_size, -1)"),              # groups of strangers
@@ -157,12 +157,21 @@ MUTANTS = {
         ('each(batch["y"])', 'each(-batch["y"])'),                         # wrong sign of y
         ("ctx.repeat_interleave(steps, 0)", "ctx.repeat(steps, 1)"),       # another row's context
         ("ctx = policy.encode(", 'policy.encode(batch["obs"])\n        ctx = policy.encode('),
-        ("torch.randperm(", "torch.arange("),                              # never shuffled
         ("optimizer.step()", "optimizer.step() or optimizer.step()"),      # two steps for one
         ("optimizer.zero_grad()", "pass"),                                 # gradients pile up
         ("policy.parameters(), grad_clip", "policy.parameters(), 1e9"),    # no clipping
         (", **loss_options)\n        opt", ")\n        opt"),          # options go nowhere
         ("noise_scale(times, noise_level)", "noise_scale(times, 0.2)"),    # a deaf noise level
+    ],
+    (loss, "minibatches", (
+        t3.test_an_epoch_sees_every_row_once_in_random_order,
+        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "one"),
+        t3.test_info_is_the_mean_over_optimisation_steps,
+    )): [
+        ("torch.randperm(", "torch.arange("),                              # never shuffled
+        ("/ len(whole)", "/ (len(whole) + 1)"),                            # gradients too small
+        ("order.split(size)", "order.split(2 * size)"),                    # twice the size
+        ("whole < first + rows", "whole < first + rows - 1"),              # a row left out
     ],
     (loss, "ema_decay", (t3.test_ema_decay_runs_a_half_cosine_from_start_to_end,)): [
         ("(1 + math.cos", "(1 - math.cos"),                                # from end to start
