@@ -119,6 +119,11 @@ class FlowPolicy(nn.Module):
         self.action_centre.copy_((low + high) / 2)
         self.action_scale.copy_(((high - low) / 2).clamp(min=1e-2))
 
+    @property
+    def used(self):
+        """(A,) bool: action dims whose range in the demos is more than a tenth of [-1, 1]."""
+        return self.action_scale > 0.1
+
     def normalise(self, actions):
         """Environment units -> flow units, (..., A)."""
         return (actions - self.action_centre) / self.action_scale
@@ -239,17 +244,17 @@ def play(act, envs, seeds, desc=None):
     bar = tqdm(total=len(seeds), desc=desc, disable=None if desc else True, leave=False)
     while True:
         idle = np.flatnonzero(episode < 0)[: len(seeds) - started]
-        if len(idle):
-            episode[idle] = np.arange(started, started + len(idle))
-            started += len(idle)
-            fresh = np.isin(np.arange(num_envs), idle)
-            slot_seeds = [int(seeds[e]) if e >= 0 else 0 for e in episode]
-            obs, _ = envs.reset(seed=slot_seeds, options={"reset_mask": fresh})
-        if (episode < 0).all():
-            break
-        obs = to_torch(obs)
-        actions, record = act(obs)
+        episode[idle] = np.arange(started, started + len(idle))
+        started += len(idle)
         try:
+            if len(idle):
+                fresh = np.isin(np.arange(num_envs), idle)
+                slot_seeds = [int(seeds[e]) if e >= 0 else 0 for e in episode]
+                obs, _ = envs.reset(seed=slot_seeds, options={"reset_mask": fresh})
+            if (episode < 0).all():
+                break
+            obs = to_torch(obs)
+            actions, record = act(obs)
             next_obs, _, terminated, truncated, info = envs.step(actions)
         except (EOFError, ConnectionError) as error:
             raise SimulatorDied([int(seeds[e]) for e in episode if e >= 0]) from error

@@ -211,6 +211,8 @@ def update(policy, optimizer, batch, *, noise_level=0.2, epochs=4, minibatch=102
         t_cur, t_next, sigma = (z.flatten().to(device) for z in (times[k], times[k + 1], sigmas[k]))
         ctx = policy.encode(flow.to_torch(flow.take(batch["obs"], rows), device))
         v_theta = policy.velocity(x_t, t_cur, ctx.repeat_interleave(steps, 0))
+        if hasattr(policy, "used"):  # noise in the other dims changes nothing: no credit for it
+            v_theta = torch.where(policy.used, v_theta, v_old)
         loss, info = step_nft_loss(v_theta, v_old, x_t, x_next, t_cur, t_next, sigma,
                                    each(batch["y"]), each(batch["mask"]),
                                    x_0=each(batch["x"][:, -1]), **loss_options)

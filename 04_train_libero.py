@@ -117,6 +117,30 @@ def import_libero():
     return ControlEnv
 
 
+@functools.cache
+def osc_pose():
+    """LIBERO's controller (operational space control, Khatib 1987), compiled by numba in one piece;
+    robosuite compiles its parts. The order of operations is robosuite's, so are all the bits."""
+    import numba
+    from robosuite.utils import control_utils
+    error, matrices, nullspace = (control_utils.orientation_error, control_utils.opspace_matrices,
+                                  control_utils.nullspace_torques)
+
+    @numba.njit
+    def torques(J, M, joints, pos, rot, qvel, bias, q, q_rest, goal_pos, goal_rot, kp, kd):
+        vel, spin = J[:3].dot(qvel), J[3:].dot(qvel)
+        # columns first in memory like robosuite's, or products differ in the last bit
+        J, M = np.asfortranarray(J[:, joints]), np.asfortranarray(M[joints][:, joints])
+        J_pos, J_rot = np.asfortranarray(J[:3]), np.asfortranarray(J[3:])
+        force = kp[:3] * (goal_pos - pos) - kd[:3] * vel
+        twist = kp[3:] * error(goal_rot, rot) - kd[3:] * spin
+        _, mass_pos, mass_rot, null = matrices(M, J, J_pos, J_rot)
+        wrench = np.concatenate((mass_pos.dot(force), mass_rot.dot(twist)))
+        return J.T.dot(wrench) + bias[joints] + nullspace(M, null, q_rest, q, qvel[joints])
+
+    return torques
+
+
 def rot6(rot):
     """First two columns of a rotation: continuous. A quaternion would change its sign between
     episodes, because the hand points down, half a turn from the identity."""
@@ -144,7 +168,7 @@ class LiberoSim:
         self.mj, self.model, self.data = mujoco, self.env.sim.model._model, self.env.sim.data._data
         self.robot, self.gripper = self.env.robots[0], self.env.robots[0].gripper
         self.site = self.robot.eef_site_id  # between the finger tips
-        self.joints = self.robot._ref_joint_vel_indexes
+        self.joints, self.osc_pose = np.array(self.robot._ref_joint_vel_indexes), osc_pose()
         self.finger = self.robot._ref_gripper_joint_pos_indexes
         self.arm = self.robot._ref_joint_actuator_indexes
         self.fingers = [self.model.actuator(name).id for name in self.gripper.actuators]
@@ -198,22 +222,14 @@ class LiberoSim:
         self.controller.ee_pos, self.controller.ee_ori_mat = map(np.copy, self.hand)
 
     def torques(self):
-        """OSC_POSE (Khatib 1987): joint torques (7,) that pull the hand to the controller's goal."""
-        from robosuite.utils import control_utils as osc
-        c, m, d, j, (pos, rot) = self.controller, self.model, self.data, self.joints, self.hand
+        """Joint torques (7,) that pull the hand to the controller's goal."""
+        c, m, d, (pos, rot) = self.controller, self.model, self.data, self.hand
         J, M = np.empty((6, m.nv)), np.empty((m.nv, m.nv))  # Jacobian, mass matrix
         self.mj.mj_jacSite(m, d, J[:3], J[3:], self.site)
         self.mj.mj_fullM(m, d, M)
-        vel, spin = J[:3] @ d.qvel, J[3:] @ d.qvel
-        # same memory layout as robosuite's, or products differ in the last bit
-        J_pos, J_ori, M = J[:3][:, j], J[3:][:, j], M[j][:, j]
-        J = np.vstack([J_pos, J_ori])
-        force = c.kp[:3] * (c.goal_pos - pos) - c.kd[:3] * vel
-        twist = c.kp[3:] * osc.orientation_error(c.goal_ori, rot) - c.kd[3:] * spin
-        _, mass_pos, mass_ori, null = osc.opspace_matrices(M, J, J_pos, J_ori)
-        wrench = np.concatenate([mass_pos @ force, mass_ori @ twist])
-        rest = osc.nullspace_torques(M, null, c.initial_joint, d.qpos[c.qpos_index], d.qvel[j])
-        return J.T @ wrench + d.qfrc_bias[j] + rest
+        return self.osc_pose(J, M, self.joints, pos, rot, d.qvel, d.qfrc_bias,
+                             d.qpos[c.qpos_index], c.initial_joint, c.goal_pos, c.goal_ori, c.kp,
+                             c.kd)
 
     def advance(self, action):
         """One control step, 1/20 s, 25 physics steps; True at success. Bit for bit env.step(), but
@@ -746,8 +762,9 @@ def parse_args():
         help="further suites for the final test; _swap _object _lan _task are LIBERO-PRO's variants "
              "of --suite")
     add("--video", type=int, default=0, metavar="N", help="film N test episodes as mp4")
-    nft.add_run_flags(parser, num_demos=16, demo_noise=0.5, sft_steps=3000, iterations=20,
-                      horizon=8, eval_episodes=100, out="runs/04_train_libero")
+    nft.add_run_flags(parser, num_demos=6, demo_noise=0.5, sft_steps=2000, iterations=60,
+                      horizon=8, lr=1e-4, eval_episodes=100, out="runs/04_train_libero",
+                      num_envs=4 * len(os.sched_getaffinity(0)))
     nft.add_method_flags(parser, transitions="all", labels="grouped", ema=[0.1, 0.5])
     args = parser.parse_args()
     nft.check_method(args)
@@ -782,6 +799,8 @@ def check(args):
                          "horizon": ("--horizon", args.horizon),
                          "state_dim": ("--suite", args.state_dim),
                          "language": ("--tasks", len(args.tasks) > 1)})
+    if args.image_size < 48:
+        raise SystemExit(f"--image-size {args.image_size}: the image encoder needs at least 48")
     args.gl = find_gl() if args.obs == "rgb" or args.video else None
 
 
@@ -813,6 +832,9 @@ def main():
         run(args, envs, device)
         envs.close()
     except flow.SimulatorDied as error:
+        for process in envs.processes:
+            process.kill()
+        envs.closed = True  # there is nobody left to say goodbye to
         starts = [f"task {seed // TASK} from " + ("initial state" if seed % TASK < OFFICIAL else
                   "placement") + f" {seed % TASK} (seed {seed})" for seed in error.args[0]]
         raise SystemExit(f"a simulator process died (out of memory?) while playing one of: "

@@ -23,7 +23,6 @@ import argparse
 import copy
 import functools
 import importlib
-import os
 import time
 import warnings
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""What the speed is made of: python tests/benchmark.py [--num-envs 2] prints ratios, in about 2 min.
+"""What the speed is made of: python tests/benchmark.py [--num-envs 2] prints ratios, in about 4 min.
 
-Rollouts on ManiSkill against a bare loop of env.step with random actions, on the same number of
-processes; the time of one update beside that of its rollout; forward passes per optimisation step.
+Rollouts on ManiSkill and LIBERO against a bare loop of the simulator's own env.step with random
+actions, on the same number of processes; the time of one update beside that of its rollout; forward
+passes per optimisation step.
 """
 
 import argparse
@@ -19,41 +20,72 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+libero = importlib.import_module("04_train_libero")
 mani = importlib.import_module("05_train_maniskill")
 flow, nft = mani.flow, mani.nft
 
 
+class PickCube:
+    """ManiSkill's env as its users step it."""
+
+    def __init__(self):
+        warnings.filterwarnings("ignore")
+        import mani_skill.envs  # noqa: F401
+        mani.physics_only()
+        self.env = gym.make("PickCube-v1", num_envs=1, obs_mode="state", render_backend="none",
+                            control_mode="pd_ee_delta_pos")
+
+    def reset(self, seed):
+        self.env.reset(seed=seed)
+
+    def step(self):
+        self.env.step(self.env.action_space.sample()[None])
+
+
+class Soup:
+    """LIBERO's env as its users step it, state only: libero_object, task 0."""
+
+    def __init__(self):
+        tasks, files, _ = libero.read_suite("libero_object")
+        self.states, self.rng = tasks.get_task_init_states(0), np.random.default_rng(0)
+        self.env = libero.import_libero()(bddl_file_name=files[0], has_renderer=False,
+                                          use_camera_obs=False, has_offscreen_renderer=False)
+        self.env.reset()
+
+    def reset(self, seed):
+        self.env.env.timestep, self.env.env.done = 0, False
+        self.env.set_init_state(self.states[seed % 50])
+
+    def step(self):
+        self.env.step(self.rng.uniform(-1, 1, 7))
+
+
 class Bare(gym.Env):
-    """A worker that runs the bare loop: one `step` is `count` plain calls of ManiSkill's env.step."""
+    """A worker that runs the bare loop: one `step` is `count` plain steps of the simulator."""
 
     observation_space = gym.spaces.Box(-1, 1, (1,))
     action_space = gym.spaces.Box(-1, 1, (1,))
 
-    def __init__(self, count, max_steps):
-        self.count, self.max_steps, self.env = count, max_steps, None
+    def __init__(self, make, count, max_steps):
+        self.make, self.count, self.max_steps, self.sim = make, count, max_steps, None
 
     def reset(self, *, seed=None, options=None):
-        if self.env is None:
-            warnings.filterwarnings("ignore")
+        if self.sim is None:
             torch.set_num_threads(1)
-            import mani_skill.envs  # noqa: F401
-            mani.physics_only()
-            self.env = gym.make("PickCube-v1", num_envs=1, obs_mode="state", render_backend="none",
-                                control_mode="pd_ee_delta_pos")
-        self.env.reset(seed=seed)
+            self.sim = self.make()
         return np.zeros(1, np.float32), {}
 
     def step(self, action):
         for t in range(self.count):
             if t % self.max_steps == 0:
-                self.env.reset(seed=t)
-            self.env.step(self.env.action_space.sample()[None])
+                self.sim.reset(t)
+            self.sim.step()
         return np.zeros(1, np.float32), 0.0, False, False, {}
 
 
-def bare_rate(num_envs, count, max_steps):
+def bare_rate(make, num_envs, count, max_steps):
     """Control steps per second of the bare loop, all processes together."""
-    envs = nft.worker_envs(functools.partial(Bare, count, max_steps), num_envs)
+    envs = nft.worker_envs(functools.partial(Bare, make, count, max_steps), num_envs)
     envs.reset(seed=0)
     envs.step(np.zeros((num_envs, 1), np.float32))                 # warm up
     start = time.perf_counter()
@@ -63,26 +95,38 @@ def bare_rate(num_envs, count, max_steps):
     return rate
 
 
+def against(bare, policy, envs, episodes):
+    """A rollout of the SDE policy -> (its batch, seconds, steps per second over those of `bare`)."""
+    nft.rollout(policy, envs, range(2 * envs.num_envs))            # builds the simulators
+    start = time.perf_counter()
+    _, batch = nft.rollout(policy, envs, range(1000, 1000 + episodes), transitions="all")
+    seconds = time.perf_counter() - start
+    rate = int(batch["mask"].sum()) / seconds
+    print(f"  bare env.step loop, random actions: {bare:.0f} steps/s; rollout of the SDE policy: "
+          f"{rate:.0f} steps/s, {rate / bare:.2f}x")
+    envs.close()
+    return batch, seconds, rate / bare
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--num-envs", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--episodes", type=int, default=128)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    bare = bare_rate(args.num_envs, 1000, 24)
-    print(f"bare env.step loop, random actions: {bare:.0f} steps/s on {args.num_envs} processes")
+    num_envs = args.num_envs
 
+    print(f"LIBERO, libero_object task 0, state, {num_envs} processes")
+    envs = libero.make_envs(types.SimpleNamespace(
+        suite="libero_object", tasks=[0], obs="state", state_dim=libero.state_size("libero_object"),
+        image_size=128, gl=None, horizon=8, num_envs=num_envs, max_steps=100))
+    policy = flow.FlowPolicy(8, 7, state_dim=libero.state_size("libero_object"), width=512)
+    _, _, libero_ratio = against(bare_rate(Soup, num_envs, 300, 100), policy, envs, 10 * num_envs)
+
+    print(f"ManiSkill, PickCube-v1, state, {num_envs} processes")
     envs = mani.make_envs(types.SimpleNamespace(task="PickCube-v1", backend="physx_cpu", horizon=4,
-                                                num_envs=args.num_envs, max_steps=24))
+                                                num_envs=num_envs, max_steps=24))
     policy = flow.FlowPolicy(4, 4, state_dim=mani.STATE_DIM, width=256)
-    nft.rollout(policy, envs, range(8))                            # builds the simulators
-    start = time.perf_counter()
-    success, batch = nft.rollout(policy, envs, range(args.episodes), transitions="all")
-    seconds = time.perf_counter() - start
-    steps = int(batch["mask"].sum())
-    print(f"rollout of the SDE policy: {steps / seconds:.0f} steps/s, {steps / seconds / bare:.2f}x "
-          "the bare loop")
-    envs.close()
+    batch, seconds, ratio = against(bare_rate(PickCube, num_envs, 1000, 24), policy, envs, 128)
 
     calls = {"encode": 0, "velocity": 0}
     for name in calls:
@@ -97,10 +141,10 @@ def main():
     start = time.perf_counter()
     nft.update(policy, optimizer, batch, epochs=3, minibatch=512)
     update = time.perf_counter() - start
-    print(f"update, 3 epochs of {len(batch['y'])} chunks x 4 steps: {update:.2f} s beside {seconds:.1f} "
-          f"s of rollout, {update / seconds:.3f}x")
+    print(f"  update, 3 epochs of {len(batch['y'])} chunks x 4 steps: {update:.2f} s beside "
+          f"{seconds:.1f} s of rollout, {update / seconds:.3f}x")
     print(f"forward passes per optimisation step: {calls['velocity'] / len(optimizer_steps):g}")
-    print(f"RESULT rollout_over_bare={steps / seconds / bare:.2f} "
+    print(f"RESULT libero_over_bare={libero_ratio:.2f} maniskill_over_bare={ratio:.2f} "
           f"update_over_rollout={update / seconds:.3f} "
           f"forward_passes={calls['velocity'] / len(optimizer_steps):g}")
 

@@ -93,10 +93,11 @@ def run_script(name, *flags, cwd, ok=True):
 
 
 def result_line(done):
-    """The last line of a run, `RESULT name=number ...`, as a dict."""
+    """The last line of a run, `RESULT name=value ...`, as a dict; numbers as floats."""
     word, *pairs = done.stdout.strip().splitlines()[-1].split()
     assert word == "RESULT"
-    return {name: float(number) for name, number in (pair.split("=") for pair in pairs)}
+    return {name: float(value) if value.replace(".", "").isdigit() else value
+            for name, value in (pair.split("=") for pair in pairs)}
 
 
 def one_clear_line(done):
