@@ -1,6 +1,6 @@
 """01 - A policy is a velocity field.
 
-A flow policy draws Gaussian noise x_1 and carries it to an action chunk x_0 along a learned velocity:
+A flow policy draws Gaussian noise x_1 and carries it to an action chunk x_0 by a learned velocity:
 
     dx_t / dt = v_theta(x_t, t, observation),        from t = 1 (noise) down to t = 0 (action)
 
@@ -10,8 +10,8 @@ likelihood appears anywhere, which is why reinforcement learning will need a new
 
 This file holds the policy network with its encoders, flow matching (SFT: supervised fine-tuning),
 ODE sampling, the loop that plays episodes, and the toy world of 01-03: a point robot that must pass
-a gap in a wall. Six demonstrations start near the middle; the test starts all over the left side, so
-the cloned policy is good where it has seen data and poor elsewhere. That gap is what RL will close.
+a gap in a wall. Six demonstrations start near the middle; the test starts all over the left side,
+so the cloned policy is good where it has seen data and poor elsewhere. RL will close that gap.
 Left out of the published models: the pretrained vision-language backbone. It would offer the same
 two methods as FlowPolicy here, `encode` and `velocity`, and the rest of the repo would not notice.
 
@@ -305,7 +305,7 @@ def wilson(success):
 class GapWorld(gym.vector.VectorEnv):
     """A point robot starts left of a wall, must pass a gap in it, and reach a goal on the right.
 
-    state (3,): position x, y and the gap's centre. Actions: velocities in [-1, 1]^2, in chunks of H.
+    state (3,): position x, y and the gap's centre. Actions: velocities in [-1, 1]^2, H in a chunk.
     `start_width` is the half-width of the start positions: 0.3 in the demos, 0.9 in the test.
     """
 
@@ -375,7 +375,7 @@ def expert_chunk(state, horizon):
 
 
 def sliding_chunks(actions, horizon):
-    """Actions of one demo (T, A) -> (T, H, A): the next H from every step, the last one repeated."""
+    """Actions of a demo (T, A) -> (T, H, A): the next H from every step, the last one repeated."""
     index = torch.arange(len(actions))[:, None] + torch.arange(horizon)
     return actions[index.clamp(max=len(actions) - 1)]
 
@@ -409,7 +409,7 @@ def toy_policy(seed=0, num_demos=6, steps=3000, folder="runs/01_flow_policy"):
 
 
 def draw_rollouts(ax, policy, seeds, title, num_steps=4):
-    """One line per ODE episode from the wide starts: solid when it arrives, dotted when it fails."""
+    """One line per ODE episode from the wide starts: solid if it arrives, dotted if it fails."""
     envs = GapWorld(len(seeds))
 
     def act(obs):

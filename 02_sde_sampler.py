@@ -132,8 +132,8 @@ def main():
     ode_fine = flow.ode_sample(policy, one_obs, FINE)
     floor = marginal_distance(ode, flow.ode_sample(policy, one_obs, args.num_steps))
     print(f"distance between two ODE samples (the noise floor of that column): {floor:.4f}")
-    print(f"{'noise':>6} {'mean':>12} {'spread':>8} {'area':>7} {'distance':>9} {f'at K={FINE}':>9} "
-          f"{'success':>8}")
+    print(f"{'noise':>6} {'mean':>12} {'spread':>8} {'area':>7} {'distance':>9} "
+          f"{f'at K={FINE}':>9} {'success':>8}")
     rows, fans = [], {}
     for corrected in (True, False):
         for noise_level in args.noise_levels:
@@ -150,11 +150,12 @@ def main():
             fine = sde_sample(policy, one_obs, FINE, noise_level, corrected=corrected)[0]
             world = flow.GapWorld(args.episodes)
             same_start = flow.play(act, world, [flow.EVAL_SEED] * args.episodes)
-            many_starts = flow.play(act, world, range(flow.EVAL_SEED, flow.EVAL_SEED + args.episodes))
+            seeds = range(flow.EVAL_SEED, flow.EVAL_SEED + args.episodes)
+            success, _ = flow.play(act, world, seeds)
             name = "corrected" if corrected else "uncorrected"
             row = {"noise_level": noise_level, "mean": name, "spread": x_0.std(0).mean().item(),
                    "area": visited_area(same_start), "distance": marginal_distance(x_0, ode),
-                   "distance_fine": marginal_distance(fine, ode_fine), "success": many_starts[0].mean()}
+                   "distance_fine": marginal_distance(fine, ode_fine), "success": success.mean()}
             rows.append(row)
             fans[noise_level, name] = policy.denormalise(x_0[:200]).clamp(-1, 1)
             print("{noise_level:6.2f} {mean:>12} {spread:8.4f} {area:7.4f} {distance:9.4f} "
@@ -173,12 +174,13 @@ def main():
 def figure(fans, noise_levels, path):
     """The fans: where up to 200 sampled chunks would carry the robot, open loop, from one start."""
     fig, axes = flow.pyplot().subplots(2, len(noise_levels), figsize=(2.6 * len(noise_levels), 5),
-                                       sharex=True, sharey=True, layout="constrained", squeeze=False)
+                                       sharex=True, sharey=True, squeeze=False,
+                                       layout="constrained")
     for ax_row, name in zip(axes, ("corrected", "uncorrected")):
         for ax, noise_level in zip(ax_row, noise_levels):
             chunks = fans[noise_level, name if noise_level else "corrected"]
-            walks = torch.cat([torch.zeros(len(chunks), 1, 2), chunks.cumsum(1)], 1) * flow.GapWorld.speed
-            for walk in walks.numpy() + np.array([-0.8, 0.5]):
+            walks = torch.cat([torch.zeros(len(chunks), 1, 2), chunks.cumsum(1)], 1)
+            for walk in flow.GapWorld.speed * walks.numpy() + np.array([-0.8, 0.5]):
                 ax.plot(*walk.T, color="#0072b2" if name == "corrected" else "#d55e00",
                         lw=0.6, alpha=0.3)
             ax.set(title=f"{name}, noise {noise_level}" if noise_level else "ODE", xlabel="x")

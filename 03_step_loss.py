@@ -115,7 +115,8 @@ def step_nft_loss(v_theta, v_old, x_t, x_next, t_cur, t_next, sigma, y, mask=Non
     with torch.no_grad():
         count = mask.sum().clamp(min=1)
         info = {
-            "loss": loss.detach(), "rank_accuracy": ((y[:, None] * (E_neg - E_pos) > 0) * mask).sum() / count,
+            "loss": loss.detach(),
+            "rank_accuracy": ((y[:, None] * (E_neg - E_pos) > 0) * mask).sum() / count,
             "margin": ((E_neg - E_pos) * y[:, None] * mask).sum() / count,
             "drift": (drift * mask).sum() / count,
             "clipped": ((drift > max_drift) * mask).sum() / count,
@@ -165,8 +166,8 @@ def labels(success, episode, kind="binary", group_size=8):
     """Success per episode -> y per row. binary (paper): +1 success, -1 failure.
 
     centered: minus the batch's mean label, REINFORCE's baseline: the rarer outcome speaks louder.
-    grouped:  minus the mean of the group_size episodes that share a start (GRPO's baseline): a start
-              that always fails or always succeeds gets y = 0 and teaches nothing.
+    grouped:  minus the mean of the group_size episodes that share a start (GRPO's baseline): a
+              start that always fails or always succeeds gets y = 0 and teaches nothing.
     """
     y = torch.as_tensor(success).float() * 2 - 1                   # (episodes,)
     if kind == "centered":
@@ -178,7 +179,7 @@ def labels(success, episode, kind="binary", group_size=8):
 
 
 def start_seeds(first, episodes, kind="binary", group_size=8):
-    """The seeds of one iteration: all different, or with grouped labels each one group_size times."""
+    """The seeds of one iteration: all different, or for grouped labels each group_size times."""
     if kind != "grouped":
         return np.arange(first, first + episodes)
     if episodes % group_size:
@@ -255,7 +256,8 @@ class ChunkEnv(gym.Env):
         self.make_sim, self.sim, self.max_steps = make_sim, None, max_steps
         self.observation_space = observation_space
         self.action_space = gym.spaces.Box(-1, 1, (horizon, action_dim))
-        self.steps, self.over, self.obs = 0, True, None
+        self.steps, self.over = 0, True
+        self.obs = observation_space.sample()  # shown while there is no episode to play
 
     def reset(self, *, seed=None, options=None):
         if self.sim is None:
@@ -291,7 +293,7 @@ def worker_envs(make_env, num_envs):
 
 
 def join_ranks(device):
-    """Meets the ranks that torchrun started -> this rank's device. Without torchrun: rank 0 of 1."""
+    """Meets the ranks that torchrun started -> this one's device. Without torchrun: 0 of 1."""
     if "RANK" in os.environ:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=1))  # SFT runs on rank 0 alone
@@ -382,12 +384,12 @@ def check_method(args):
     if args.rollout == "ode" and args.target == "next":
         raise SystemExit("--rollout ode records no noise to learn from: add --target endpoint")
     if args.noise_level <= 0 and args.target != "endpoint":
-        raise SystemExit("--noise-level 0 leaves no step to explain: raise it, or use --rollout ode "
-                         "--target endpoint")
+        raise SystemExit("--noise-level 0 leaves no step to explain: raise it, or use "
+                         "--rollout ode --target endpoint")
     whole = 8 * int(os.environ.get("WORLD_SIZE", 1))
     if args.labels == "grouped" and args.episodes % whole:
-        raise SystemExit(f"--episodes {args.episodes} is no multiple of {whole}: 8 episodes per start "
-                         "for --labels grouped, on each rank of torchrun")
+        raise SystemExit(f"--episodes {args.episodes} is no multiple of {whole}: 8 episodes per "
+                         "start for --labels grouped, on each rank of torchrun")
 
 
 def method(args):
@@ -630,7 +632,8 @@ def compare(args):
     except KeyboardInterrupt:
         print(f"stopped: the table is partial, the same command continues {path}")
     summary = summarise(read_rows(path))
-    print(f"{'figure':<12} {'variant':<19} {'SFT':>6} {'after':>6} {'95 %':>6} {'seeds':>5} {'paper':>6}")
+    print(f"{'figure':<12} {'variant':<19} {'SFT':>6} {'after':>6} {'95 %':>6} {'seeds':>5} "
+          f"{'paper':>6}")
     for row in summary:
         print("{figure:<12} {variant:<19} {sft:6.3f} {after:6.3f} {half:6.3f} {seeds:5d} "
               "{paper:>6}".format(**row))
@@ -653,7 +656,8 @@ def summarise(rows):
             error = after.std(ddof=1) / len(after) ** 0.5 if len(after) > 1 else math.nan
             summary.append({"figure": figure, "variant": variant, "after": after.mean(),
                             "half": t_quantile[min(len(after), 10)] * error, "seeds": len(after),
-                            "sft": np.mean([float(r["sft"]) for r in runs]), "paper": "-" if paper is None else paper})
+                            "sft": np.mean([float(r["sft"]) for r in runs]),
+                            "paper": "-" if paper is None else paper})
     return summary
 
 
@@ -672,8 +676,8 @@ def draw_bars(rows, path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--seed", type=int, default=0, help="seed of SFT, rollouts and updates")
     add("--iterations", type=int, default=160, help="RL iterations")

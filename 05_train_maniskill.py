@@ -1,8 +1,8 @@
 """05 - pi-StepNFT on a robot arm: ManiSkill, from a few scripted demonstrations.
 
 The method of 03 unchanged, on a real simulator: a Panda arm must grasp a cube and hold it at a goal
-(PickCube-v1). A scripted controller gives a few demonstrations, flow matching clones them (SFT), and
-reinforcement learning lifts the clone:
+(PickCube-v1). A scripted controller gives a few demonstrations, flow matching clones them (SFT),
+and reinforcement learning lifts the clone:
 
     rollout (02: SDE, wide) -> label by success -> update (03: one-step ranking) -> EMA -> evaluate
 
@@ -36,8 +36,9 @@ nft = importlib.import_module("03_step_loss")
 # Borrowed from 01: FlowPolicy;  train_sft(policy, obs, chunks, steps) -> loss;  sliding_chunks;
 #   play(act, envs, seeds) -> (success, rows);  evaluate(policy, envs, seeds) -> success, ODE;
 #   wilson(success) -> 95 % interval;  save_checkpoint, load_policy.
-# Borrowed from 03: rollout -> (success, batch);  labels -> y;  update -> info;  ema_decay, ema_update;
-#   ChunkEnv, worker_envs: simulators in processes;  add_method_flags, method: the ablation flags.
+# Borrowed from 03: rollout -> (success, batch);  labels -> y;  update -> info;  ema_decay,
+#   ema_update;  ChunkEnv, worker_envs: simulators in processes;  share, gather: torchrun's ranks;
+#   add_run_flags, add_method_flags, check_run;  save_run, load_run;  report, log_row, draw_run.
 
 # Disjoint episodes: demos 0.., validation and test on their own ranges, training above them.
 VALIDATION, TEST, TRAIN = 1_000_000, 1_500_000, 2_000_000
@@ -115,7 +116,7 @@ class ManiSkillSim:
             self.env._initialize_episode = self.initialize_each
 
     def reset(self, seeds, which):
-        """Starts episode seeds[j] in env which[j]; a seed is the same episode whenever it is played."""
+        """Starts episode seeds[j] in env which[j]; a seed is the same episode at any time."""
         self.seeds[which] = seeds
         index = torch.as_tensor(which, device=self.env.device)
         if not self.env.gpu_sim_enabled:
@@ -184,7 +185,8 @@ class ManiSkillSim:
         w = base.q[0]  # an upright base; PhysX returns 1.0000001 for its 1
         position = (w * -base.p) * w + (w * hand.p) * w  # the hand seen from the base
         turn = w * hand.q
-        target = sapien.Pose(np.float32(REACH) * action[:3] + position, turn if turn[0] >= 0 else -turn)
+        turn = turn if turn[0] >= 0 else -turn
+        target = sapien.Pose(np.float32(REACH) * action[:3] + position, turn)
         goal, found, _ = ik.pmodel.compute_inverse_kinematics(
             ik.end_link_idx, target, initial_qpos=joints, active_qmask=ik.qmask, max_iterations=100)
         for joint, angle in zip(arm.joints, goal if found else joints):
@@ -229,7 +231,8 @@ class CudaEnvs(gym.vector.VectorEnv):
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
     def __init__(self, task, num_envs, max_steps, backend="physx_cuda"):
-        self.sim, self.num_envs, self.max_steps = ManiSkillSim(task, num_envs, backend), num_envs, max_steps
+        self.sim = ManiSkillSim(task, num_envs, backend)
+        self.num_envs, self.max_steps = num_envs, max_steps
         self.steps, self.over = np.zeros(num_envs, int), np.ones(num_envs, bool)
 
     def reset(self, *, seed, options=None):

@@ -1,4 +1,4 @@
-"""What the speed is made of: python tests/benchmark.py [--num-envs 2] prints ratios, in about 4 min.
+"""What the speed is made of: python tests/benchmark.py [--num-envs 2] prints ratios in about 4 min.
 
 Rollouts on ManiSkill and LIBERO against a bare loop of the simulator's own env.step with random
 actions, on the same number of processes; the time of one update beside that of its rollout; forward
@@ -96,7 +96,7 @@ def bare_rate(make, num_envs, count, max_steps):
 
 
 def against(bare, policy, envs, episodes):
-    """A rollout of the SDE policy -> (its batch, seconds, steps per second over those of `bare`)."""
+    """A rollout of the SDE policy -> (its batch, seconds, steps per second over `bare`)."""
     nft.rollout(policy, envs, range(2 * envs.num_envs))            # builds the simulators
     start = time.perf_counter()
     _, batch = nft.rollout(policy, envs, range(1000, 1000 + episodes), transitions="all")

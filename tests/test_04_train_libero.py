@@ -148,7 +148,8 @@ def test_recorded_images_stay_on_disk_and_are_turned_upright(recorded):
     file, seen = recorded
     obs, chunks = libero.load_demos(flags(file, obs="rgb", skip_no_ops=True, num_demos=1))
     assert len(chunks) == len(obs["state"]) == 10                  # of 12, two did nothing
-    np.testing.assert_allclose(obs["state"].numpy(), np.delete(seen[:12, :11], [5, 6], 0), atol=2e-3)
+    moving = np.delete(seen[:12, :11], [5, 6], 0)
+    np.testing.assert_allclose(obs["state"].numpy(), moving, atol=2e-3)
     images = obs["rgb"][torch.tensor([4, 5])]
     assert images.shape == (2, 2, 3, 48, 48) and images.dtype == torch.uint8
     with h5py.File(file) as content:
@@ -192,7 +193,8 @@ LOOK = """
 import importlib, os, sys
 os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = sys.argv[1]
 import mujoco, numpy as np
-sim = importlib.import_module("04_train_libero").LiberoSim("libero_object", 0, "rgb", gl=sys.argv[1])
+libero = importlib.import_module("04_train_libero")
+sim = libero.LiberoSim("libero_object", 0, "rgb", gl=sys.argv[1])
 sim.reset(3)
 ours = sim.observe()["rgb"]
 option = mujoco.MjvOption()
@@ -212,10 +214,10 @@ def test_the_cameras_show_what_mujocos_own_renderer_shows(gl):
 
 
 def test_rgb_from_recorded_demos_to_evaluation_and_film(recorded, tmp_path, gl):
-    run = run_script("04_train_libero.py", *"--obs rgb --image-size 48 --sft-steps 5 --iterations 1 "
-                     "--episodes 8 --max-steps 8 --eval-episodes 2 --eval-every 1 --num-envs 2 "
-                     "--test-episodes 2 --video 2 --out new".split(), "--demos",
-                     str(recorded[0]), cwd=tmp_path)
+    run = run_script("04_train_libero.py", *"--obs rgb --image-size 48 --sft-steps 5 --episodes 8 "
+                     "--iterations 1 --max-steps 8 --eval-episodes 2 --eval-every 1 --num-envs 2 "
+                     "--test-episodes 2 --video 2 --out new".split(), "--demos", str(recorded[0]),
+                     cwd=tmp_path)
     assert set(result_line(run)) >= {"sft", "stepnft"}
     log, = csv.DictReader(open(tmp_path / "new/log.csv"))
     assert float(log["env_steps"]) == 64 and 0 < float(log["loss"]) < 2
@@ -239,11 +241,12 @@ def children(pid):
 
 def test_a_dying_worker_a_resumed_run_and_perturbed_suites(recorded, tmp_path):
     """A worker is killed in the second iteration; --resume finishes it; the tables include _lan."""
-    flags = ["--demos", str(recorded[0]), *"--sft-steps 5 --iterations 2 --episodes 160 --num-envs 2 "
-             "--max-steps 8 --eval-every 1 --eval-episodes 2 --test-episodes 0 --out new "
-             "--eval-suites _lan".split()]
+    flags = ["--demos", str(recorded[0]), *"--sft-steps 5 --iterations 2 --episodes 160 "
+             "--max-steps 8 --eval-every 1 --eval-episodes 2 --test-episodes 0 --num-envs 2 "
+             "--out new --eval-suites _lan".split()]
     killed = subprocess.Popen([sys.executable, str(ROOT / "04_train_libero.py"), *flags],
-                              cwd=tmp_path, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+                              cwd=tmp_path, text=True, stderr=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
     while "validation, iteration 1" not in killed.stdout.readline():
         assert killed.poll() is None, killed.stderr.read()
     time.sleep(1)
