@@ -137,6 +137,7 @@ def rollout(policy, envs, seeds, *, num_steps=4, noise_level=0.2, sampler="sde",
     v (K, H, A), mask (H,), episode, and k: the denoising steps to train on, one drawn at random
     (the paper) or all K. sampler: sde, sde-uncorrected or ode. The ODE records no noise to learn
     from, so its x_t are fresh noisings of x_0 (DiffusionNFT's form; train with target "endpoint").
+    flow-sde: one random step is noisy, the others are the ODE's, and k is that step (PPO's form).
     """
     device, K = policy.action_centre.device, num_steps
     times = sde.time_grid(K).to(device)
@@ -151,14 +152,20 @@ def rollout(policy, envs, seeds, *, num_steps=4, noise_level=0.2, sampler="sde",
             v = torch.stack([policy.velocity(x_t[:, k], times[k].expand(len(x_0)), ctx)
                              for k in range(K)], 1)
             path = sde.SamplingPath(torch.cat([x_t, x_0[:, None]], 1), v)
+        elif sampler == "flow-sde":
+            k = torch.randint(K, (envs.num_envs, 1), device=device)
+            x_0, path = sde.sde_sample(policy, obs, K, noise_level, noisy=k[:, 0])
+            return policy.denormalise(x_0).cpu().numpy(), {"x": path.x, "v": path.v, "k": k}
         else:
-            x_0, path = sde.sde_sample(policy, obs, K, noise_level, corrected=sampler == "sde")
+            x_0, path = sde.sde_sample(policy, obs, K, noise_level,
+                                       corrected=sampler != "sde-uncorrected")
         return policy.denormalise(x_0).cpu().numpy(), {"x": path.x, "v": path.v}
 
     success, batch = flow.play(act, envs, seeds, desc)
-    rows = len(batch["x"])
-    batch["k"] = (torch.randint(K, (rows, 1)) if transitions == "one"
-                  else torch.arange(K).expand(rows, K))
+    if sampler != "flow-sde":
+        rows = len(batch["x"])
+        batch["k"] = (torch.randint(K, (rows, 1)) if transitions == "one"
+                      else torch.arange(K).expand(rows, K))
     return success, batch
 
 
@@ -187,45 +194,62 @@ def start_seeds(first, episodes, kind="binary", group_size=8):
     return np.repeat(np.arange(first, first + episodes // group_size), group_size)
 
 
-def update(policy, optimizer, batch, *, noise_level=0.2, epochs=4, minibatch=1024, grad_clip=1.0,
-           desc=None, **loss_options):
-    """Minibatch steps of the ranking loss over a labelled batch -> mean info of all steps.
+def recorded_steps(policy, batch, rows, noise_level):
+    """Denoising steps of a batch's rows, with the velocity the policy has there now.
 
-    One forward pass of the policy per optimisation step: encode and velocity, once each.
+    One forward pass: encode and velocity, once each. Returns (ctx (b, C), the tensors that
+    `step_nft_loss` takes by name); b rows give b * steps entries.
     """
     device, K = policy.action_centre.device, batch["v"].shape[1]
     times = sde.time_grid(K)
     sigmas = sde.noise_scale(times, noise_level)
+    k = batch["k"][rows]                                            # (b, 1) or (b, K)
+    steps = k.shape[1]
+
+    def each(z):                                                    # (b, ...) -> (b * steps, ...)
+        return z[rows].repeat_interleave(steps, 0).to(device)
+
+    def at(z, k):                                                   # the k-th entries, flattened
+        return z[rows[:, None], k].flatten(0, 1).to(device)
+
+    x_t, x_next, v_old = at(batch["x"], k), at(batch["x"], k + 1), at(batch["v"], k)
+    t_cur, t_next, sigma = (z.flatten().to(device) for z in (times[k], times[k + 1], sigmas[k]))
+    ctx = policy.encode(flow.to_torch(flow.take(batch["obs"], rows), device))
+    v_theta = policy.velocity(x_t, t_cur, ctx.repeat_interleave(steps, 0))
+    if hasattr(policy, "used"):  # noise in the other dims changes nothing: no credit for it
+        v_theta = torch.where(policy.used, v_theta, v_old)
+    return ctx, dict(v_theta=v_theta, v_old=v_old, x_t=x_t, x_next=x_next, t_cur=t_cur,
+                     t_next=t_next, sigma=sigma, y=each(batch["y"]), mask=each(batch["mask"]),
+                     x_0=each(batch["x"][:, -1]))
+
+
+def update(policy, optimizer, batch, *, noise_level=0.2, epochs=4, minibatch=1024, grad_clip=1.0,
+           desc=None, **loss_options):
+    """Minibatch steps of the ranking loss over a labelled batch -> mean info of all steps."""
     infos = []
     order = [part for _ in range(epochs) for part in minibatches(len(batch["y"]), minibatch)]
     for rows, weight in tqdm(order, desc=desc, disable=None if desc else True, leave=False):
-        k = batch["k"][rows]                                        # (b, 1) or (b, K)
-        steps = k.shape[1]
+        _, steps = recorded_steps(policy, batch, rows, noise_level)
+        loss, info = step_nft_loss(**steps, **loss_options)
+        infos.append(optimise(policy, optimizer, loss, info, weight, grad_clip))
+    return mean_info(infos)
 
-        def each(z):                                                # (b, ...) -> (b * steps, ...)
-            return z[rows].repeat_interleave(steps, 0).to(device)
 
-        def at(z, k):                                               # the k-th entries, flattened
-            return z[rows[:, None], k].flatten(0, 1).to(device)
+def optimise(policy, optimizer, loss, info, weight, grad_clip):
+    """One optimisation step on the loss of all ranks together -> info with the gradient's norm."""
+    optimizer.zero_grad()
+    (loss * weight).backward()
+    add_up([p.grad for p in policy.parameters()])
+    info = {name: value.detach() * weight for name, value in info.items()}
+    add_up(info.values())
+    info["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
+    optimizer.step()
+    return info
 
-        x_t, x_next, v_old = at(batch["x"], k), at(batch["x"], k + 1), at(batch["v"], k)
-        t_cur, t_next, sigma = (z.flatten().to(device) for z in (times[k], times[k + 1], sigmas[k]))
-        ctx = policy.encode(flow.to_torch(flow.take(batch["obs"], rows), device))
-        v_theta = policy.velocity(x_t, t_cur, ctx.repeat_interleave(steps, 0))
-        if hasattr(policy, "used"):  # noise in the other dims changes nothing: no credit for it
-            v_theta = torch.where(policy.used, v_theta, v_old)
-        loss, info = step_nft_loss(v_theta, v_old, x_t, x_next, t_cur, t_next, sigma,
-                                   each(batch["y"]), each(batch["mask"]),
-                                   x_0=each(batch["x"][:, -1]), **loss_options)
-        optimizer.zero_grad()
-        (loss * weight).backward()
-        add_up([p.grad for p in policy.parameters()])
-        info = {name: value * weight for name, value in info.items()}
-        add_up(info.values())
-        info["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), grad_clip)
-        optimizer.step()
-        infos.append(torch.stack([v.detach() for v in info.values()]))
-    return dict(zip(info, torch.stack(infos).mean(0).tolist()))
+
+def mean_info(infos):
+    """[{name: 0-d tensor}, ...] -> {name: mean over the steps}."""
+    return {name: torch.stack([info[name] for info in infos]).mean().item() for name in infos[0]}
 
 
 def ema_decay(step, total, start=0.1, end=0.995):

@@ -46,10 +46,11 @@ import torch
 flow = importlib.import_module("01_flow_policy")
 nft = importlib.import_module("03_step_loss")
 # Borrowed from 01: FlowPolicy;  train_sft(policy, obs, chunks, steps) -> loss;  sliding_chunks;
-#   play(act, envs, seeds) -> (success, rows);  evaluate(policy, envs, seeds) -> success, ODE;
-#   wilson(success) -> 95 % interval;  take(obs, rows);  save_checkpoint, load_policy.
+#   play(act, envs, seeds) -> (success, rows);  wilson(success) -> 95 % interval;  load_policy.
 # Borrowed from 03: rollout -> (success, batch);  labels -> y;  update -> info;  ema_decay,
-#   ema_update;  ChunkEnv, worker_envs: simulators in processes;  add_method_flags, method: flags.
+#   ema_update;  evaluate -> success, ODE;  ChunkEnv, worker_envs: simulators in processes;
+#   share, gather: torchrun's ranks;  add_run_flags, add_method_flags, check_run: flags;
+#   save, save_run, load_run: checkpoints;  report, log_row, draw_run: logs.
 
 # The seed of an episode is TASK * task + placement. Placements 0-49 are the official initial
 # states, random ones start at 1000: demos, validation, test and training have ranges of their own.
@@ -516,7 +517,7 @@ def make_envs(args, suite=None, demos=False, film=None):
     """Worker processes. demos=True: their observations hold the expert's action; film: a folder."""
     box, language, suite = gym.spaces.Box, len(args.tasks) > 1, suite or args.suite
     space = {"state": box(-np.inf, np.inf, (args.state_dim,))}
-    size = 256 if film else args.image_size
+    size = 256 if film and args.obs == "state" else args.image_size
     if args.obs == "rgb":
         space["rgb"] = box(0, 255, (2, 3, size, size), np.uint8)
     if language:  # one policy for several tasks reads which one it is in
@@ -583,14 +584,15 @@ def recorded_states(suite, task, file, num_demos, skip_no_ops, obs, state_dim):
     each demo's model, everything else with its states.
     """
     import h5py
-    wanted, sim = read_suite(suite)[2][task][0], None
+    tasks, _, problems = read_suite(suite)
+    wanted = problems[task][0].lower(), tasks.get_task(task).language.lower()
     try:
         with h5py.File(file) as content:
             data = content["data"]
             told = json.loads(data.attrs["problem_info"])["language_instruction"]
             told = told if isinstance(told, str) else " ".join(told)
-            if told.strip('"').lower() != wanted.lower():
-                return f"{file} shows '{told}', but task {task} of --suite {suite} is '{wanted}'"
+            if told.strip('"').lower() not in wanted:
+                return f"{file} shows '{told}', task {task} of --suite {suite} is '{wanted[0]}'"
             sim, demos = LiberoSim(suite, task, "state", state_dim if obs == "state" else None), []
             for name in sorted(data, key=lambda name: int(name.split("_")[1]))[:num_demos]:
                 actions, states = data[name]["actions"][:], data[name]["states"][:]

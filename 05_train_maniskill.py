@@ -11,7 +11,9 @@ Defaults that differ from the paper's, because twenty demos and two CPU cores ar
 all K denoising steps of a chunk are trained on, not one (four times the data from the same
 simulation); each start is played eight times and labels are centered on its mean (a start that
 always fails says nothing); noise 0.3; the old policy follows quickly. Each is a flag.
-Left out: the vision-language backbone and, so far, images and the critic baseline.
+--algo ppo trains the same policy with the paper's critic baseline, --algo grpo without the critic;
+`--rollout ode --target endpoint --loss weighted` is the form of DiffusionNFT.
+Left out: the vision-language backbone and, so far, images.
 
 Run:     python 05_train_maniskill.py                       (about 5 minutes on two CPU cores)
          python 05_train_maniskill.py --eval-only runs/05_train_maniskill/best.pt
@@ -32,10 +34,11 @@ import numpy as np
 import torch
 
 flow = importlib.import_module("01_flow_policy")
+sde = importlib.import_module("02_sde_sampler")
 nft = importlib.import_module("03_step_loss")
 # Borrowed from 01: FlowPolicy;  train_sft(policy, obs, chunks, steps) -> loss;  sliding_chunks;
-#   play(act, envs, seeds) -> (success, rows);  evaluate(policy, envs, seeds) -> success, ODE;
-#   wilson(success) -> 95 % interval;  save_checkpoint, load_policy.
+#   play(act, envs, seeds) -> (success, rows);  load_policy.
+# Borrowed from 02: transition(x_t, v, t_cur, t_next, sigma) -> (mean, std).
 # Borrowed from 03: rollout -> (success, batch);  labels -> y;  update -> info;  ema_decay,
 #   ema_update;  ChunkEnv, worker_envs: simulators in processes;  share, gather: torchrun's ranks;
 #   add_run_flags, add_method_flags, check_run;  save_run, load_run;  report, log_row, draw_run.
@@ -45,6 +48,7 @@ VALIDATION, TEST, TRAIN = 1_000_000, 1_500_000, 2_000_000
 
 INSTRUCTIONS = {"PickCube-v1": "pick up the red cube and hold it at the green goal"}
 STATE_DIM, ACTION_DIM = 11, 4
+CRITIC_LR = 1e-3
 REACH = 0.1  # metres that an action of 1 asks for (pd_ee_delta_pos)
 
 # ------------------------------------------------------------------------------------------------
@@ -300,6 +304,89 @@ def collect_demos(envs, num_demos, seed, horizon, noise=0.0):
 
 
 # ------------------------------------------------------------------------------------------------
+# The baselines: PPO with a critic (piRL's Flow-SDE), and GRPO, the same without one
+
+
+class Critic(torch.nn.Module):
+    """V(observation) for PPO: an MLP on the policy's encoding, which it does not train."""
+
+    def __init__(self, context, width=256):
+        super().__init__()
+        nn = torch.nn
+        self.net = nn.Sequential(nn.Linear(context, width), nn.Tanh(), nn.Linear(width, width),
+                                 nn.Tanh(), nn.Linear(width, 1))
+
+    def forward(self, ctx):
+        return self.net(ctx.detach())[:, 0]                                     # (B,)
+
+
+def gae(values, success, episode, gamma=0.99, lam=0.95):
+    """Generalised advantage estimation over chunks -> (advantages, returns), one per row.
+
+    values (rows,), success (episodes,), episode (rows,). The reward is 1 at the end of a success;
+    rows of an episode are in the order of time, and nothing is worth anything after its last.
+    """
+    advantages = torch.zeros_like(values)
+    for e in range(len(success)):
+        rows, running, following = torch.where(episode == e)[0].tolist(), 0.0, 0.0
+        reward = float(success[e])
+        for row in reversed(rows):
+            # delta = r + gamma V(next) - V          A = delta + gamma lambda A(next)
+            delta = reward + gamma * following - values[row]
+            running = delta + gamma * lam * running
+            advantages[row], following, reward = running, values[row], 0.0
+    return advantages, advantages + values
+
+
+def log_prob(v, x_t, x_next, t_cur, t_next, sigma, mask, **_):
+    """log N(x_next; mean(v), std^2) of each row's noisy step, over its executed actions: (B,)."""
+    t_cur, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))
+    normal = torch.distributions.Normal(*sde.transition(x_t, v, t_cur, t_next, sigma))
+    return (normal.log_prob(x_next) * mask[..., None]).sum((1, 2))
+
+
+def ppo_update(policy, critic, optimizer, batch, *, noise_level, epochs, minibatch, clip=0.2,
+               grad_clip=1.0, huber_delta=10.0):
+    """The clipped objective on the one noisy step of each chunk -> mean info of all steps.
+
+    batch["y"] holds the advantages; with a critic also batch["returns"]. critic=None is GRPO.
+    """
+    infos = []
+    order = [p for _ in range(epochs) for p in nft.minibatches(len(batch["y"]), minibatch)]
+    for rows, weight in order:
+        ctx, steps = nft.recorded_steps(policy, batch, rows, noise_level)
+        A = steps["y"]
+        log_ratio = log_prob(steps["v_theta"], **steps) - log_prob(steps["v_old"], **steps)
+        ratio = log_ratio.exp()
+        # L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
+        loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
+        info = {"ratio": ratio.mean(), "clipped": ((ratio - 1).abs() > clip).float().mean(),
+                "approx_kl": (ratio - 1 - log_ratio).mean()}
+        if critic:
+            returns = batch["returns"][rows].to(ctx.device)
+            value_loss = torch.nn.functional.huber_loss(critic(ctx), returns, delta=huber_delta)
+            loss, info = loss + value_loss, {**info, "value_loss": value_loss}
+        learners = torch.nn.ModuleList([policy, critic] if critic else [policy])
+        infos.append(nft.optimise(learners, optimizer, loss, {"loss": loss, **info}, weight,
+                                  grad_clip))
+    return nft.mean_info(infos)
+
+
+def baseline_advantages(args, policy, critic, batch, success, device):
+    """Fills batch["y"] with advantages of mean 0 and std 1, and for PPO batch["returns"]."""
+    if args.algo == "grpo":  # group-relative: like grouped labels
+        y = nft.labels(success, batch["episode"], "grouped")
+    else:
+        with torch.no_grad():
+            parts = torch.arange(len(batch["x"])).split(4096)
+            values = torch.cat([critic(policy.encode(flow.to_torch(
+                flow.take(batch["obs"], rows), device))).cpu() for rows in parts])
+        y, batch["returns"] = gae(values, success, batch["episode"])
+    everyone = nft.gather(y)
+    batch["y"] = (y - everyone.mean()) / (everyone.std() + 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -328,10 +415,16 @@ def train(args, envs, out, device):
     policy, old, best = (copy.deepcopy(sft) for _ in range(3))  # old acts, policy learns
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     acting, learning = nft.method(args)
+    critic = None
+    if args.algo == "ppo":
+        critic = Critic(STATE_DIM).to(device)
+        optimizer.add_param_group({"params": critic.parameters(), "lr": CRITIC_LR})
     validation = VALIDATION, args.eval_episodes
     state = {"iteration": 0, "env_steps": 0, "best_rate": -1.0}
     if args.resume:
         state = nft.load_run(out / "last.pt", policy, old, best, optimizer, device)
+        if critic:
+            critic.load_state_dict(state["critic"])
     elif args.iterations:
         state["best_rate"] = evaluate("validation, SFT", sft, args, envs, *validation)
 
@@ -343,12 +436,17 @@ def train(args, envs, out, device):
         success, batch = nft.rollout(old, envs, nft.share(seeds), **acting,
                                      desc=f"iteration {i + 1}/{args.iterations}")
         played = time.time()
-        batch["y"] = nft.labels(success, batch["episode"], args.labels)
-        for group in optimizer.param_groups:  # smaller steps late: the gradient is noisy
-            group["lr"] = args.lr * (1 - i / args.iterations)
-        info = nft.update(policy, optimizer, batch, epochs=args.epochs, minibatch=args.minibatch,
-                          **learning)
-        alpha = nft.ema_decay(i, args.iterations, *args.ema)
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - i / args.iterations)  # smaller steps late
+        passes = dict(epochs=args.epochs, minibatch=args.minibatch)
+        if args.algo == "stepnft":
+            batch["y"] = nft.labels(success, batch["episode"], args.labels)
+            info = nft.update(policy, optimizer, batch, **passes, **learning)
+            alpha = nft.ema_decay(i, args.iterations, *args.ema)
+        else:
+            baseline_advantages(args, policy, critic, batch, success, device)
+            info = ppo_update(policy, critic, optimizer, batch, noise_level=args.noise_level,
+                              **passes)
+            alpha = 0.0  # on-policy: the old policy is the trained one
         nft.ema_update(old, policy, alpha)
         updated = time.time()
         state["iteration"] = i + 1
@@ -364,6 +462,8 @@ def train(args, envs, out, device):
             "env_steps": state["env_steps"], "train_sde": nft.gather(success).mean(),
             "eval_ode": rate, **info, "alpha": alpha, "rollout_seconds": played - start,
             "update_seconds": updated - played})
+        if critic:
+            state["critic"] = critic.state_dict()
         nft.save_run(out / "last.pt", policy, old, best, optimizer, state)
     return sft, best, state
 
@@ -376,11 +476,17 @@ def parse_args():
     parser.add_argument("--backend", default=None, choices=["physx_cpu", "physx_cuda"],
                         help="of the physics; default: physx_cuda when --device is cuda. On a GPU "
                              "one process holds all --num-envs (try 512)")
+    parser.add_argument("--algo", default="stepnft", choices=["stepnft", "ppo", "grpo"],
+                        help="stepnft: the method; ppo: the critic baseline; grpo: PPO's objective "
+                             "with the group's mean in the critic's place")
     nft.add_run_flags(parser, iterations=18, max_steps=24, eval_every=3, test_episodes=400,
                       out="runs/05_train_maniskill")
     nft.add_method_flags(parser, transitions="all", labels="grouped", noise_level=0.3,
                          ema=[0.1, 0.5])
     args = parser.parse_args()
+    if args.algo != "stepnft":  # Flow-SDE: one noisy step, so that the chunk has a likelihood
+        args.rollout = "flow-sde"
+        args.labels = "grouped" if args.algo == "grpo" else "binary"
     nft.check_method(args)
     args.backend = args.backend or ("physx_cuda" if args.device == "cuda" else "physx_cpu")
     return args
@@ -404,9 +510,9 @@ def main():
         sft, best, state = train(args, envs, out, device)
         before = after = evaluate("test, SFT", sft, args, envs, *test)
         if args.iterations:
-            after = evaluate("test, pi-StepNFT", best, args, envs, *test)
+            after = evaluate(f"test, {args.algo}", best, args, envs, *test)
             nft.draw_run(out)
-        print(f"RESULT task={args.task} sft={before:.3f} stepnft={after:.3f} "
+        print(f"RESULT task={args.task} sft={before:.3f} {args.algo}={after:.3f} "
               f"episodes={args.iterations * args.episodes} env_steps={state['env_steps']} "
               f"seconds={time.time() - start:.0f}")
     envs.close()

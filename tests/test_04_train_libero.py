@@ -226,6 +226,29 @@ def test_rgb_from_recorded_demos_to_evaluation_and_film(recorded, tmp_path, gl):
     assert all(film.suffix == ".mp4" and film.stat().st_size > 1000 for film in films)
 
 
+def test_rgb_sft_beats_a_policy_that_sees_nothing(gl):
+    """Three rendered demos of the expert train, the fourth is held out."""
+    args = SimpleNamespace(**vars(flags("scripted", obs="rgb", num_demos=4)), seed=0, demo_noise=0.2,
+                           image_size=64, gl=gl, num_envs=2, max_steps=140)
+    obs, chunks = libero.collect_demos(args)
+    hand = obs["state"][:, :3]
+    starts = [0, *(torch.where((hand[1:] - hand[:-1]).norm(dim=1) > 0.1)[0] + 1).tolist()]
+    last = starts[-1]
+    assert len(starts) >= 3 and obs["rgb"].shape[1:] == (2, 3, 64, 64)
+    losses = []
+    for seen in (obs, {k: torch.zeros_like(v) for k, v in obs.items()}):
+        torch.manual_seed(0)
+        policy = libero.flow.FlowPolicy(4, 7, state_dim=11, cameras=2)
+        train, held_out = ({k: v[part] for k, v in seen.items()}
+                           for part in (slice(0, last), slice(last, None)))
+        libero.flow.train_sft(policy, train, chunks[:last], 300, batch_size=128)
+        with torch.no_grad():
+            torch.manual_seed(1)
+            losses.append(np.mean([libero.flow.flow_matching_loss(
+                policy, held_out, policy.normalise(chunks[last:])).item() for _ in range(20)]))
+    assert losses[0] < 0.8 * losses[1], losses
+
+
 def children(pid):
     """Worker processes of a run, from /proc."""
     found = []

@@ -153,3 +153,89 @@ def test_bad_input_gets_one_line_naming_the_flag(tmp_path, flags, words):
     line = one_clear_line(result)
     assert all(word in line for word in words)
     assert not (tmp_path / "new").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# The baselines
+
+
+def test_gae_is_the_sum_of_discounted_deltas_of_each_episode():
+    """Against the definition, A_i = sum_j (gamma lambda)^j delta_{i+j}; episodes interleave."""
+    episode = torch.tensor([0, 1, 0, 1, 1, 0, 1])
+    values, success = torch.randn(7), np.array([True, False])
+    advantages, returns = mani.gae(values, success, episode, gamma=0.9, lam=0.7)
+    for e in (0, 1):
+        V = values[episode == e].tolist() + [0.0]
+        rewards = [0.0] * (len(V) - 2) + [float(success[e])]
+        deltas = [r + 0.9 * V[i + 1] - V[i] for i, r in enumerate(rewards)]
+        wanted = [sum(0.63**j * d for j, d in enumerate(deltas[i:])) for i in range(len(deltas))]
+        torch.testing.assert_close(advantages[episode == e], torch.tensor(wanted))
+    torch.testing.assert_close(returns, advantages + values)
+
+
+def flow_sde_batch(rows=10, K=4):
+    """A batch as rollout(sampler="flow-sde") records it, from a policy on made-up observations."""
+    policy = flow.FlowPolicy(3, 2, state_dim=5, width=16)
+    obs, k = {"state": torch.randn(rows, 5)}, torch.arange(rows) % K
+    _, path = mani.sde.sde_sample(policy, obs, K, 0.3, noisy=k)
+    mask = torch.arange(3) < torch.randint(1, 4, (rows, 1))
+    return policy, {"obs": obs, "x": path.x, "v": path.v, "k": k[:, None], "mask": mask,
+                    "y": torch.randn(rows), "returns": torch.rand(rows), "episode": torch.arange(rows)}
+
+
+def test_flow_sde_has_noise_in_one_step_and_the_ode_elsewhere():
+    policy, batch = flow_sde_batch()
+    for b, k in enumerate(batch["k"][:, 0].tolist()):
+        euler = batch["x"][b, :-1] - 0.25 * batch["v"][b]
+        off = (batch["x"][b, 1:] - euler).abs().amax((1, 2))
+        assert off[k] > 0.01 and (off[torch.arange(4) != k] < 1e-5).all()
+
+
+def test_the_first_ppo_step_is_the_policy_gradient():
+    """At ratio 1 the clipped objective's gradient is -E[A grad log pi]; one SGD step shows it."""
+    policy, batch = flow_sde_batch()
+    reference = mani.copy.deepcopy(policy)
+    info = mani.ppo_update(policy, None, torch.optim.SGD(policy.parameters(), lr=1.0), batch,
+                           noise_level=0.3, epochs=1, minibatch=10, grad_clip=1e9)
+    objective, dt = 0, 0.25
+    for b, k in enumerate(batch["k"][:, 0].tolist()):
+        t, x_t = 1 - k / 4, batch["x"][b, k]
+        sigma = 0.3 * math.sqrt(t / (1 - (0.75 if k == 0 else t)))
+        obs = {"state": batch["obs"]["state"][b:b + 1]}
+        v = reference.velocity(x_t[None], torch.tensor([t]), reference.encode(obs))[0]
+        mean = (1 - t + dt) * (x_t - t * v) + (t - dt - sigma**2 * dt / (2 * t)) * (x_t + (1 - t) * v)
+        std = torch.tensor(sigma * math.sqrt(dt))
+        density = torch.distributions.Normal(mean, std).log_prob(batch["x"][b, k + 1])
+        objective = objective + batch["y"][b] * density[batch["mask"][b]].sum() / 10
+    objective.backward()
+    for p, q in zip(policy.parameters(), reference.parameters()):
+        torch.testing.assert_close(p.detach(), (q + q.grad).detach(), rtol=1e-3, atol=1e-5)
+    assert info["ratio"] == pytest.approx(1, abs=1e-4) and info["clipped"] == 0
+
+
+def test_ppo_clips_and_its_critic_does_not_train_the_encoder():
+    policy, batch = flow_sde_batch()
+    critic, before = mani.Critic(5), mani.copy.deepcopy(policy)
+    batch["y"] = torch.zeros(10)
+    optimizer = torch.optim.Adam([*policy.parameters(), *critic.parameters()], lr=1e-2)
+    losses = [mani.ppo_update(policy, critic, optimizer, batch, noise_level=0.3, epochs=20,
+                              minibatch=10)["value_loss"] for _ in range(3)]
+    assert losses[2] < 0.5 * losses[0]                     # the critic learns its returns
+    for p, q in zip(policy.parameters(), before.parameters()):
+        torch.testing.assert_close(p, q)                   # no advantage, no change of the policy
+    batch["y"] = torch.ones(10)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.5)
+    for _ in range(5):
+        info = mani.ppo_update(policy, None, optimizer, batch, noise_level=0.3, epochs=10,
+                               minibatch=10)
+    assert info["clipped"] > 0.5 and info["grad_norm"] < 10
+
+
+@pytest.mark.parametrize("algo", ["ppo", "grpo"])
+def test_a_baseline_trains_and_resumes(tmp_path, algo):
+    run_script("05_train_maniskill.py", *TINY, "--algo", algo, "--out", "new", cwd=tmp_path)
+    run = run_script("05_train_maniskill.py", *TINY, "--algo", algo, "--out", "new", "--resume",
+                     "--iterations", "2", cwd=tmp_path)
+    log = list(csv.DictReader(open(tmp_path / "new/log.csv")))
+    assert [row["iteration"] for row in log] == ["1", "2"] and f" {algo}=" in run.stdout
+    assert ("value_loss" in log[0]) == (algo == "ppo")

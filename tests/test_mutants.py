@@ -139,7 +139,7 @@ MUTANTS = {
         ("groups.mean(1, keepdim=True)", "groups.mean()"),                 # mean over all groups
         ("y.view(-1, group_size)", "y.view(group_size, -1)"),              # groups of strangers
     ],
-    (loss, "update", (
+    (loss, "recorded_steps", (
         functools.partial(t3.test_the_first_update_is_a_reinforce_step, "one"),
         functools.partial(t3.test_the_first_update_is_a_reinforce_step, "all"),
         functools.partial(t3.test_one_encode_and_one_velocity_call_per_optimisation_step, "one"),
@@ -156,12 +156,36 @@ MUTANTS = {
         ('each(batch["mask"])', "None"),                                   # mask ignored
         ('each(batch["y"])', 'each(-batch["y"])'),                         # wrong sign of y
         ("ctx.repeat_interleave(steps, 0)", "ctx.repeat(steps, 1)"),       # another row's context
-        ("ctx = policy.encode(", 'policy.encode(batch["obs"])\n        ctx = policy.encode('),
+        ("ctx = policy.encode(", 'policy.encode(batch["obs"])\n    ctx = policy.encode('),
+        ("noise_scale(times, noise_level)", "noise_scale(times, 0.2)"),    # a deaf noise level
+    ],
+    (loss, "update", (
+        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "one"),
+        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "all"),
+        functools.partial(t3.test_one_encode_and_one_velocity_call_per_optimisation_step, "one"),
+        t3.test_an_epoch_sees_every_row_once_in_random_order,
+        t3.test_gradients_do_not_pile_up,
+        t3.test_gradients_are_clipped_and_their_norm_reported,
+        t3.test_the_options_of_update_reach_the_loss,
+        t3.test_info_is_the_mean_over_optimisation_steps,
+    )): [
+        ("**steps, **loss_options", "**steps"),                            # options go nowhere
+        ("range(epochs)", "range(1)"),                                     # always one epoch
+        ("len(batch[\"y\"]), minibatch)", "len(batch[\"y\"]), 10**6)"),      # no minibatches
+    ],
+    (loss, "optimise", (
+        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "one"),
+        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "all"),
+        functools.partial(t3.test_one_encode_and_one_velocity_call_per_optimisation_step, "one"),
+        t3.test_an_epoch_sees_every_row_once_in_random_order,
+        t3.test_gradients_do_not_pile_up,
+        t3.test_gradients_are_clipped_and_their_norm_reported,
+        t3.test_the_options_of_update_reach_the_loss,
+        t3.test_info_is_the_mean_over_optimisation_steps,
+    )): [
         ("optimizer.step()", "optimizer.step() or optimizer.step()"),      # two steps for one
         ("optimizer.zero_grad()", "pass"),                                 # gradients pile up
         ("policy.parameters(), grad_clip", "policy.parameters(), 1e9"),    # no clipping
-        (", **loss_options)\n        opt", ")\n        opt"),          # options go nowhere
-        ("noise_scale(times, noise_level)", "noise_scale(times, 0.2)"),    # a deaf noise level
     ],
     (loss, "minibatches", (
         t3.test_an_epoch_sees_every_row_once_in_random_order,
