@@ -536,15 +536,37 @@ def make_envs(args, suite=None, demos=False, film=None):
     return nft.worker_envs(make, args.num_envs)
 
 
+def follow(obs):
+    """The expert's action as a chunk of one."""
+    return obs["action"][:, None].numpy(), {}
+
+
+def test_expert(args):
+    """--expert-only: the scripted controller, without noise, on the official initial states."""
+    args.demo_noise, envs = 0, make_envs(args, demos=True)
+    seeds = [TASK * task + i for task in args.tasks for i in range(OFFICIAL)]
+    success, rows = flow.play(follow, envs, seeds, "expert")
+    envs.close()
+    steps = torch.bincount(rows["episode"]).numpy()
+    for task, won, taken in zip(args.tasks, success.reshape(-1, OFFICIAL),
+                                steps.reshape(-1, OFFICIAL)):
+        instruction, (low, high) = read_suite(args.suite)[2][task][0], flow.wilson(won)
+        print(f"{args.suite} {task}: {won.mean():.2f} [{low:.2f}, {high:.2f}], {taken.mean():.0f} "
+              f"steps, {instruction}")
+        nft.log_row(Path(args.out) / "experts.csv", {
+            "suite": args.suite, "task": task, "instruction": instruction, "episodes": OFFICIAL,
+            "success": won.mean(), "low": low, "high": high, "mean_steps": taken.mean(),
+            "max_steps": args.max_steps})
+    print(f"RESULT suite={args.suite} tasks={len(args.tasks)} worst="
+          f"{success.reshape(-1, OFFICIAL).mean(1).min():.3f} episodes={len(seeds)}")
+
+
 def collect_demos(args):
     """Plays the expert and keeps the successes -> (obs of N rows, chunks (N, H, 7))."""
-    def act(obs):
-        return obs["action"][:, None].numpy(), {}                          # chunks of one action
-
     envs = make_envs(args, demos=True)
     first = DEMOS + args.seed * 1000
     seeds = [TASK * task + first + i for i in range(args.num_demos) for task in args.tasks]
-    success, rows = flow.play(act, envs, seeds, "demos")
+    success, rows = flow.play(follow, envs, seeds, "demos")
     envs.close()
     if not success.any():
         raise SystemExit(f"--demo-noise {args.demo_noise}, --max-steps {args.max_steps}: no demo "
@@ -763,6 +785,7 @@ def parse_args():
     add("--image-size", type=int, default=128, help="height and width of the camera images")
     add("--demos", default="scripted", metavar="PATH",
         help="scripted, or a folder (or file) of LIBERO's official HDF5 demonstrations")
+    add("--expert-only", action="store_true", help="test the scripted controller and stop")
     add("--skip-no-ops", action="store_true", help="leave out recorded steps that do nothing")
     add("--eval-suites", nargs="*", default=[], metavar="SUITE",
         help="further suites for the final test; _swap _object _lan _task are LIBERO-PRO's "
@@ -784,11 +807,12 @@ def check(args):
     for task in args.tasks if args.tasks != ["all"] else []:
         if task not in numbers:
             raise SystemExit(f"--tasks {task}: {args.suite} has 0 to {len(problems) - 1}, or all")
-    args.tasks = sorted(numbers[task] for task in set(args.tasks) & set(numbers) or numbers)
+    able = [i for i, problem in enumerate(problems) if skill(*problem[1:])]
+    every = able if args.expert_only else range(len(problems))
+    args.tasks = sorted(every if args.tasks == ["all"] else {numbers[task] for task in args.tasks})
     scripted = args.demos == "scripted" and not (args.resume or args.eval_only)
     for task in args.tasks if scripted else []:
-        if not skill(*problems[task][1:]):
-            able = [i for i, problem in enumerate(problems) if skill(*problem[1:])]
+        if task not in able:
             raise SystemExit(f"--tasks {task}: no scripted expert for '{problems[task][0]}'; "
                              f"in this suite it can do {able or 'none, try --suite libero_object'}")
     args.eval_suites = [args.suite + s if s.startswith("_") else s for s in args.eval_suites]
@@ -833,6 +857,8 @@ def main():
     check(args)
     device = nft.join_ranks(args.device)
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
+    if args.expert_only:
+        return test_expert(args)
     envs = make_envs(args)
     try:
         run(args, envs, device)
@@ -841,8 +867,9 @@ def main():
         for process in envs.processes:
             process.kill()
         envs.closed = True  # there is nobody left to say goodbye to
-        starts = [f"task {seed // TASK} from " + ("initial state" if seed % TASK < OFFICIAL else
-                  "placement") + f" {seed % TASK} (seed {seed})" for seed in error.args[0]]
+        starts = [f"task {seed // TASK} from "
+                  f"{'initial state' if seed % TASK < OFFICIAL else 'placement'} {seed % TASK} "
+                  f"(seed {seed})" for seed in sorted({*error.args[0]})]
         raise SystemExit(f"a simulator process died (out of memory?) while playing one of: "
                          f"{'; '.join(starts)}. Checkpoints in {args.out} are whole: --resume "
                          f"continues the last") from error

@@ -241,12 +241,12 @@ def test_rgb_sft_beats_a_policy_that_sees_nothing(gl):
         policy = libero.flow.FlowPolicy(4, 7, state_dim=11, cameras=2)
         train, held_out = ({k: v[part] for k, v in seen.items()}
                            for part in (slice(0, last), slice(last, None)))
-        libero.flow.train_sft(policy, train, chunks[:last], 300, batch_size=128)
+        libero.flow.train_sft(policy, train, chunks[:last], 200, batch_size=64)
         with torch.no_grad():
             torch.manual_seed(1)
             losses.append(np.mean([libero.flow.flow_matching_loss(
-                policy, held_out, policy.normalise(chunks[last:])).item() for _ in range(20)]))
-    assert losses[0] < 0.8 * losses[1], losses
+                policy, held_out, policy.normalise(chunks[last:])).item() for _ in range(5)]))
+    assert losses[0] < 0.9 * losses[1], losses
 
 
 def children(pid):
@@ -277,7 +277,7 @@ def test_a_dying_worker_a_resumed_run_and_perturbed_suites(recorded, tmp_path):
     _, errors = killed.communicate(timeout=120)
     line = errors.strip().splitlines()[-1]
     assert killed.returncode == 1 and "--resume" in line
-    assert "task 0 from placement 20000" in line and "(seed 20000" in line
+    assert "task 0 from placement 2000" in line and "(seed 2000" in line
 
     run = run_script("04_train_libero.py", *flags, "--resume", cwd=tmp_path)
     log = list(csv.DictReader(open(tmp_path / "new/log.csv")))
