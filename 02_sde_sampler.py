@@ -77,7 +77,7 @@ SamplingPath = namedtuple("SamplingPath", "x v")
 def sde_sample(policy, obs, num_steps, noise_level, x_1=None, corrected=True, noisy=None):
     """K noisy steps from noise to an action chunk -> (x_0 (B, H, A) in flow units, path).
 
-    noisy (B,) names the only noisy step of each row, the others are the ODE's: PPO's form of it.
+    noisy (B, 1) names the only noisy step of each row, the others are the ODE's: PPO's form of it.
     """
     ctx = policy.encode(obs)
     shape = (len(ctx), policy.horizon, policy.action_dim)
@@ -87,7 +87,7 @@ def sde_sample(policy, obs, num_steps, noise_level, x_1=None, corrected=True, no
     xs, vs = [x_t], []
     for k, (t_cur, t_next, sigma) in enumerate(zip(times[:-1], times[1:], sigmas)):
         if noisy is not None:
-            sigma = sigma * (noisy == k)[:, None, None]
+            sigma = sigma * (noisy == k)[..., None]
         v = policy.velocity(x_t, t_cur.expand(len(ctx)), ctx)
         mean, std = transition(x_t, v, t_cur, t_next, sigma, corrected)
         x_t = mean + std * torch.randn_like(mean)

@@ -139,7 +139,7 @@ def rollout(policy, envs, seeds, *, num_steps=4, noise_level=0.2, sampler="sde",
     from, so its x_t are fresh noisings of x_0 (DiffusionNFT's form; train with target "endpoint").
     flow-sde: one random step is noisy, the others are the ODE's, and k is that step (PPO's form).
     """
-    device, K = policy.action_centre.device, num_steps
+    device, K, noisy = policy.action_centre.device, num_steps, {}
     times = sde.time_grid(K).to(device)
 
     def act(obs):
@@ -152,14 +152,12 @@ def rollout(policy, envs, seeds, *, num_steps=4, noise_level=0.2, sampler="sde",
             v = torch.stack([policy.velocity(x_t[:, k], times[k].expand(len(x_0)), ctx)
                              for k in range(K)], 1)
             path = sde.SamplingPath(torch.cat([x_t, x_0[:, None]], 1), v)
-        elif sampler == "flow-sde":
-            k = torch.randint(K, (envs.num_envs, 1), device=device)
-            x_0, path = sde.sde_sample(policy, obs, K, noise_level, noisy=k[:, 0])
-            return policy.denormalise(x_0).cpu().numpy(), {"x": path.x, "v": path.v, "k": k}
         else:
-            x_0, path = sde.sde_sample(policy, obs, K, noise_level,
+            if sampler == "flow-sde":
+                noisy["k"] = torch.randint(K, (envs.num_envs, 1), device=device)
+            x_0, path = sde.sde_sample(policy, obs, K, noise_level, noisy=noisy.get("k"),
                                        corrected=sampler != "sde-uncorrected")
-        return policy.denormalise(x_0).cpu().numpy(), {"x": path.x, "v": path.v}
+        return policy.denormalise(x_0).cpu().numpy(), {"x": path.x, "v": path.v, **noisy}
 
     success, batch = flow.play(act, envs, seeds, desc)
     if sampler != "flow-sde":

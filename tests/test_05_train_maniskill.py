@@ -177,7 +177,7 @@ def flow_sde_batch(rows=10, K=4):
     """A batch as rollout(sampler="flow-sde") records it, from a policy on made-up observations."""
     policy = flow.FlowPolicy(3, 2, state_dim=5, width=16)
     obs, k = {"state": torch.randn(rows, 5)}, torch.arange(rows) % K
-    _, path = mani.sde.sde_sample(policy, obs, K, 0.3, noisy=k)
+    _, path = mani.sde.sde_sample(policy, obs, K, 0.3, noisy=k[:, None])
     mask = torch.arange(3) < torch.randint(1, 4, (rows, 1))
     return policy, {"obs": obs, "x": path.x, "v": path.v, "k": k[:, None], "mask": mask,
                     "y": torch.randn(rows), "returns": torch.rand(rows), "episode": torch.arange(rows)}

@@ -116,10 +116,10 @@ MUTANTS = {
         t3.test_one_random_step_per_chunk_or_all_of_them,
     )): [
         ("policy.denormalise(x_0).cpu()", "x_0.cpu()"),                    # acts in flow units
-        ('"v": path.v}', '"v": path.v.flip(1)}'),                          # v of the wrong step
+        ('"v": path.v,', '"v": path.v.flip(1),'),                          # v of the wrong step
         ('"x": path.x', '"x": path.x.flip(1)'),                            # the path backwards
-        ("obs, K, noise_level, corrected", "obs, K, 0.2, corrected"),      # a deaf noise level
-        ('corrected=sampler == "sde")', "corrected=True)"),                # always corrected
+        ("obs, K, noise_level, noisy", "obs, K, 0.2, noisy"),              # a deaf noise level
+        ('corrected=sampler != "sde-uncorrected")', "corrected=True)"),    # always corrected
         ("(1 - t) * x_0[:, None] + t * noise", "t * x_0[:, None] + (1 - t) * noise"),  # time ends
         ("noise = policy.encode(obs), torch.randn(len(x_0), K,",
          "noise = policy.encode(obs), torch.randn(len(x_0), 1,"),          # one noise for all k
