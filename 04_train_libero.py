@@ -169,7 +169,8 @@ class LiberoSim:
         self.init_states = np.asarray(tasks.get_task_init_states(task))     # (50, 1 + nq + nv)
         self.env = import_libero()(
             bddl_file_name=files[task], has_renderer=False, use_camera_obs=False,
-            has_offscreen_renderer=False, hard_reset=False).env
+            has_offscreen_renderer=False, hard_reset=False,
+            initialization_noise="default").env  # 0.02 rad a joint, as in the official states
         import mujoco
         self.mj, self.model, self.data = mujoco, self.env.sim.model._model, self.env.sim.data._data
         self.robot, self.gripper = self.env.robots[0], self.env.robots[0].gripper
@@ -202,6 +203,7 @@ class LiberoSim:
                 break
         np.random.set_state(generator)
         self.controller = self.robot.controller  # a new one
+        self.controller.initial_joint = np.array(self.robot.init_qpos)  # it leans to this posture
         self.controller.update = self.see_hand
 
     def reset(self, placement):

@@ -45,8 +45,23 @@ def test_an_episode_does_not_depend_on_the_one_before(sim):
     assert not np.array_equal(other[0], first[0])
 
 
-def test_the_expert_solves_official_starts(sim):
-    for seed in (0, 17):
+def test_random_starts_are_spread_like_the_official_ones(sim):
+    """The arm's joints, whose noise LIBERO's wrapper drops at reset, and the target's place."""
+    arms, targets = [], []
+    for first in (0, 1000):
+        for seed in range(first, first + 30):
+            sim.reset(seed)
+            arms.append(sim.data.qpos[sim.controller.qpos_index].copy())
+            targets.append(sim.pose(sim.entities[0])[0][:2].copy())
+    for values in (np.reshape(arms, (2, 30, 7)), np.reshape(targets, (2, 30, 2))):
+        official, random = values
+        assert np.all(official.std(0) < 2 * random.std(0) + 1e-3)
+        assert np.all(random.std(0) < 2 * official.std(0) + 1e-3)
+        assert np.all(np.abs(official.mean(0) - random.mean(0)) < 1.5 * official.std(0) + 2e-3)
+
+
+def test_the_expert_solves_official_and_random_starts(sim):
+    for seed in (0, 17, 1017):
         sim.reset(seed)
         expert = libero.ScriptedExpert(sim, np.random.default_rng(seed))
         assert any(sim.advance(expert.act(sim)) for _ in range(150))
