@@ -826,10 +826,6 @@ def check(args):
         limit = next((n for k, n in HORIZONS.items() if args.suite.startswith(k)), 400)
         args.max_steps = limit if args.expert_only or args.demos != "scripted" else 140
     args.state_dim = state_size(args.suite, args.obs)
-    try:
-        nft.start_seeds(TRAIN, args.episodes, args.labels)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
     nft.check_run(args, {"cameras": ("--obs", 2 * (args.obs == "rgb")),
                          "horizon": ("--horizon", args.horizon),
                          "state_dim": ("--suite", args.state_dim),

@@ -243,8 +243,8 @@ def test_rgb_from_recorded_demos_to_evaluation_and_film(recorded, tmp_path, gl):
 
 def test_rgb_sft_beats_a_policy_that_sees_nothing(gl):
     """Three rendered demos of the expert train, the fourth is held out."""
-    args = SimpleNamespace(**vars(flags("scripted", obs="rgb", num_demos=4)), seed=0, demo_noise=0.2,
-                           image_size=64, gl=gl, num_envs=2, max_steps=140)
+    args = SimpleNamespace(**vars(flags("scripted", obs="rgb", num_demos=4)), seed=0, gl=gl,
+                           demo_noise=0.2, image_size=64, num_envs=2, max_steps=140)
     obs, chunks = libero.collect_demos(args)
     hand = obs["state"][:, :3]
     starts = [0, *(torch.where((hand[1:] - hand[:-1]).norm(dim=1) > 0.1)[0] + 1).tolist()]

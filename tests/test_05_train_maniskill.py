@@ -1,5 +1,5 @@
-"""05 on the real simulator: physics equal to ManiSkill's own, episodes that do not leak, the expert,
-and a whole small run with resume, evaluation and everything a user can get wrong."""
+"""05 on the real simulator: physics equal to ManiSkill's own, episodes that do not leak, the
+expert, and a whole small run with resume, evaluation and everything a user can get wrong."""
 
 import csv
 import importlib
@@ -15,8 +15,9 @@ from conftest import one_clear_line, run_script
 mani = importlib.import_module("05_train_maniskill")
 flow, nft = mani.flow, mani.nft
 
-TINY = ["--num-demos", "3", "--sft-steps", "40", "--iterations", "1", "--episodes", "8", "--num-envs",
-        "2", "--eval-episodes", "4", "--test-episodes", "4", "--eval-every", "1", "--device", "cpu"]
+TINY = ["--num-demos", "3", "--sft-steps", "40", "--iterations", "1", "--episodes", "8",
+        "--num-envs", "2", "--eval-episodes", "4", "--test-episodes", "4", "--eval-every", "1",
+        "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_the_expert_solves_unseen_episodes(sim):
 
 
 def test_physics_equals_env_step_to_the_last_bit(sim):
-    """A whole grasp and some random actions, out of range ones included, against ManiSkill's step."""
+    """A whole grasp and random actions, some out of range, against ManiSkill's own step."""
     official = gym.make("PickCube-v1", num_envs=1, sim_backend="physx_cpu", render_backend="none",
                         obs_mode="state", control_mode="pd_ee_delta_pos").unwrapped
     random = np.random.default_rng(0).uniform(-1.5, 1.5, (20, 4)).astype(np.float32)
@@ -128,12 +129,12 @@ def test_a_whole_run_resumes_evaluates_and_keeps_its_results(tmp_path):
     assert int(rows[1]["env_steps"]) > int(rows[0]["env_steps"])
     assert all(math.isfinite(float(r["loss"])) for r in rows)
 
-    only = run_script("05_train_maniskill.py", "--eval-only", str(out / "sft.pt"), "--test-episodes",
-                      "4", "--num-envs", "1", "--device", "cpu", cwd=tmp_path)
+    only = run_script("05_train_maniskill.py", "--eval-only", str(out / "sft.pt"),
+                      "--test-episodes", "4", "--num-envs", "1", "--device", "cpu", cwd=tmp_path)
     assert f"success={fields['sft']} " in only.stdout.strip().splitlines()[-1]
 
-    other = run_script("05_train_maniskill.py", "--eval-only", str(out / "sft.pt"), "--horizon", "8",
-                       "--device", "cpu", cwd=tmp_path, ok=False)
+    other = run_script("05_train_maniskill.py", "--eval-only", str(out / "sft.pt"),
+                       "--horizon", "8", "--device", "cpu", cwd=tmp_path, ok=False)
     assert "--horizon" in one_clear_line(other)
 
 
@@ -180,7 +181,8 @@ def flow_sde_batch(rows=10, K=4):
     _, path = mani.sde.sde_sample(policy, obs, K, 0.3, noisy=k[:, None])
     mask = torch.arange(3) < torch.randint(1, 4, (rows, 1))
     return policy, {"obs": obs, "x": path.x, "v": path.v, "k": k[:, None], "mask": mask,
-                    "y": torch.randn(rows), "returns": torch.rand(rows), "episode": torch.arange(rows)}
+                    "y": torch.randn(rows), "returns": torch.rand(rows),
+                    "episode": torch.arange(rows)}
 
 
 def test_flow_sde_has_noise_in_one_step_and_the_ode_elsewhere():
@@ -203,7 +205,8 @@ def test_the_first_ppo_step_is_the_policy_gradient():
         sigma = 0.3 * math.sqrt(t / (1 - (0.75 if k == 0 else t)))
         obs = {"state": batch["obs"]["state"][b:b + 1]}
         v = reference.velocity(x_t[None], torch.tensor([t]), reference.encode(obs))[0]
-        mean = (1 - t + dt) * (x_t - t * v) + (t - dt - sigma**2 * dt / (2 * t)) * (x_t + (1 - t) * v)
+        x0_hat, x1_hat = x_t - t * v, x_t + (1 - t) * v
+        mean = (1 - t + dt) * x0_hat + (t - dt - sigma**2 * dt / (2 * t)) * x1_hat
         std = torch.tensor(sigma * math.sqrt(dt))
         density = torch.distributions.Normal(mean, std).log_prob(batch["x"][b, k + 1])
         objective = objective + batch["y"][b] * density[batch["mask"][b]].sum() / 10

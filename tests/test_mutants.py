@@ -18,6 +18,17 @@ import test_03_step_loss as t3
 
 flow, sde, loss = t1.flow, t2.sde, t3.loss
 
+UPDATE_TESTS = (
+    functools.partial(t3.test_the_first_update_is_a_reinforce_step, "one"),
+    functools.partial(t3.test_the_first_update_is_a_reinforce_step, "all"),
+    functools.partial(t3.test_one_encode_and_one_velocity_call_per_optimisation_step, "one"),
+    t3.test_an_epoch_sees_every_row_once_in_random_order,
+    t3.test_gradients_do_not_pile_up,
+    t3.test_gradients_are_clipped_and_their_norm_reported,
+    t3.test_the_options_of_update_reach_the_loss,
+    t3.test_info_is_the_mean_over_optimisation_steps,
+)
+
 # (module, function, the tests that watch it): [(the code, the mistake), ...]
 MUTANTS = {
     (sde, "time_grid", (t2.test_the_grid_runs_from_noise_to_action_in_equal_steps,)): [
@@ -139,16 +150,7 @@ MUTANTS = {
         ("groups.mean(1, keepdim=True)", "groups.mean()"),                 # mean over all groups
         ("y.view(-1, group_size)", "y.view(group_size, -1)"),              # groups of strangers
     ],
-    (loss, "recorded_steps", (
-        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "one"),
-        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "all"),
-        functools.partial(t3.test_one_encode_and_one_velocity_call_per_optimisation_step, "one"),
-        t3.test_an_epoch_sees_every_row_once_in_random_order,
-        t3.test_gradients_do_not_pile_up,
-        t3.test_gradients_are_clipped_and_their_norm_reported,
-        t3.test_the_options_of_update_reach_the_loss,
-        t3.test_info_is_the_mean_over_optimisation_steps,
-    )): [
+    (loss, "recorded_steps", UPDATE_TESTS): [
         ('at(batch["x"], k + 1)', 'at(batch["x"], k)'),                    # x_next off by one
         ('at(batch["v"], k)', 'at(batch["v"], 0 * k)'),                    # v_old of the wrong step
         ("sigmas[k])", "sigmas[(k + 1) % K])"),                            # sigma of the wrong step
@@ -159,30 +161,12 @@ MUTANTS = {
         ("ctx = policy.encode(", 'policy.encode(batch["obs"])\n    ctx = policy.encode('),
         ("noise_scale(times, noise_level)", "noise_scale(times, 0.2)"),    # a deaf noise level
     ],
-    (loss, "update", (
-        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "one"),
-        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "all"),
-        functools.partial(t3.test_one_encode_and_one_velocity_call_per_optimisation_step, "one"),
-        t3.test_an_epoch_sees_every_row_once_in_random_order,
-        t3.test_gradients_do_not_pile_up,
-        t3.test_gradients_are_clipped_and_their_norm_reported,
-        t3.test_the_options_of_update_reach_the_loss,
-        t3.test_info_is_the_mean_over_optimisation_steps,
-    )): [
+    (loss, "update", UPDATE_TESTS): [
         ("**steps, **loss_options", "**steps"),                            # options go nowhere
         ("range(epochs)", "range(1)"),                                     # always one epoch
         ("len(batch[\"y\"]), minibatch)", "len(batch[\"y\"]), 10**6)"),      # no minibatches
     ],
-    (loss, "optimise", (
-        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "one"),
-        functools.partial(t3.test_the_first_update_is_a_reinforce_step, "all"),
-        functools.partial(t3.test_one_encode_and_one_velocity_call_per_optimisation_step, "one"),
-        t3.test_an_epoch_sees_every_row_once_in_random_order,
-        t3.test_gradients_do_not_pile_up,
-        t3.test_gradients_are_clipped_and_their_norm_reported,
-        t3.test_the_options_of_update_reach_the_loss,
-        t3.test_info_is_the_mean_over_optimisation_steps,
-    )): [
+    (loss, "optimise", UPDATE_TESTS): [
         ("optimizer.step()", "optimizer.step() or optimizer.step()"),      # two steps for one
         ("optimizer.zero_grad()", "pass"),                                 # gradients pile up
         ("policy.parameters(), grad_clip", "policy.parameters(), 1e9"),    # no clipping

@@ -1,4 +1,4 @@
-"""Every notebook runs top to bottom in a copy; the committed ones hold small figures and no errors."""
+"""Every notebook runs top to bottom in a copy; the committed ones hold figures and no errors."""
 
 import json
 import subprocess
