@@ -62,9 +62,8 @@ class FlowPolicy(nn.Module):
             self.register_buffer(f"{name}_scale", torch.ones(size))
         if cameras:  # one small convolutional net, shared by the cameras
             self.eye = nn.Sequential(
-                nn.Conv2d(3, 32, 8, stride=4), nn.SiLU(), nn.Conv2d(32, 64, 4, stride=2), nn.SiLU(),
-                nn.Conv2d(64, 64, 3, stride=2), nn.SiLU(), nn.AdaptiveAvgPool2d(5), nn.Flatten(),
-                nn.Linear(64 * 25, 128))
+                nn.Conv2d(3, 32, 7, stride=2), nn.SiLU(), nn.Conv2d(32, 32, 3, stride=2), nn.SiLU(),
+                nn.Conv2d(32, 32, 3), nn.SiLU(), nn.Conv2d(32, 64, 3))
         if language:  # bytes -> vectors, a convolution that sees five letters at a time, maximum
             self.letters = nn.Embedding(256, 32)
             self.words = nn.Conv1d(32, 64, 5, padding=2)
@@ -83,8 +82,8 @@ class FlowPolicy(nn.Module):
             images = obs["rgb"].flatten(0, 1).float() / 255 - 0.5               # (B*cameras, 3, ..)
             # half precision for the images; the head keeps 32 bits, RL compares close velocities
             with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-                features = self.eye(images).float()
-            parts.append(features.view(-1, 128 * self.cameras))
+                maps = self.eye(images)                                 # (B*cameras, 64, h, w)
+            parts.append(looks_at(maps.float()).view(-1, 128 * self.cameras))
         if self.language:
             parts.append(self.read(obs["instruction"]))                         # (B, 64)
         return torch.cat(parts, dim=-1)
@@ -131,6 +130,34 @@ class FlowPolicy(nn.Module):
     def denormalise(self, x_0):
         """Flow units -> environment units, (..., A)."""
         return x_0 * self.action_scale + self.action_centre
+
+
+def looks_at(maps):
+    """Feature maps (N, C, h, w) -> the point each looks at, x and y in [-1, 1]: (N, 2 C).
+
+    A map becomes a probability over pixels, and its mean position the feature (spatial softmax,
+    Levine et al. 2016): where things are, to a fraction of a pixel, and nothing else.
+    """
+    height, width = maps.shape[2:]
+    chance = maps.flatten(2).softmax(-1).view_as(maps)
+    x, y = (torch.linspace(-1, 1, size, device=maps.device) for size in (width, height))
+    return torch.cat([chance.sum(2) @ x, chance.sum(3) @ y], dim=-1)
+
+
+def shift(images, pixels=4):
+    """Images (B, cameras, 3, height, width) moved by up to 4 pixels, their edges repeated.
+
+    Random shifts (Yarats et al. 2021) keep a net that has seen a few dozen demos from learning
+    their pixels by heart.
+    """
+    flat, (height, width) = images.flatten(0, 1), images.shape[-2:]
+    device, n = images.device, len(flat)
+    move = torch.randint(-pixels, pixels + 1, (2, n, 1), device=device)
+    rows = (torch.arange(height, device=device) + move[0]).clamp(0, height - 1)   # (n, height)
+    columns = (torch.arange(width, device=device) + move[1]).clamp(0, width - 1)  # (n, width)
+    each = torch.arange(n, device=device)[:, None, None]
+    moved = flat[each, :, rows[:, :, None], columns[:, None]]                # (n, height, width, 3)
+    return moved.permute(0, 3, 1, 2).reshape(images.shape)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -183,7 +210,10 @@ def train_sft(policy, obs, chunks, steps, lr=1e-3, batch_size=256, desc="SFT"):
     losses = []
     for _ in tqdm(range(steps), desc=desc, disable=None, leave=False):
         rows = torch.randint(len(x_0), (batch_size,))
-        loss = flow_matching_loss(policy, to_torch(take(obs, rows), device), x_0[rows])
+        batch = to_torch(take(obs, rows), device)
+        if "rgb" in batch:
+            batch["rgb"] = shift(batch["rgb"])
+        loss = flow_matching_loss(policy, batch, x_0[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -71,15 +71,13 @@ NO_OP = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stand still, gripper open
 def read_task(path):
     """A BDDL file (nested lists in brackets) -> (instruction, goals, entities).
 
-    entities: target, goal, what further goals name, then the other movable objects in file order.
+    entities: what the goals name, first the target and the goal of the first one.
     """
     from bddl.parsing import scan_tokens
     parts = {part[0]: part[1:] for part in scan_tokens(filename=path)[1:]}
     goals = [fact[1:] for fact in parts[":goal"][0][1:]]     # (and (in soup basket) (...)) -> names
-    words = parts.get(":objects", [])                        # soup_1 soup_2 - soup milk_1 - milk
-    objects = [w for w, before in zip(words, ["", *words]) if w != "-" and before != "-"]
     first = [goals[0][0], goals[0][-1]]                      # "open the drawer": the drawer twice
-    rest = dict.fromkeys(sum(goals[1:], []) + objects)
+    rest = dict.fromkeys(sum(goals[1:], []))
     return " ".join(parts[":language"]), goals, first + [name for name in rest if name not in first]
 
 

@@ -1,6 +1,7 @@
 """01: flow matching against closed forms, the toy world against a scalar replay of its rules."""
 
 import importlib
+import itertools
 
 import numpy as np
 import pytest
@@ -230,11 +231,51 @@ def test_the_two_cameras_are_told_apart():
 
 
 def test_an_image_is_scaled_before_it_is_seen():
-    """A black and a white image are 255 steps apart, yet the features stay of order one."""
-    policy = flow.FlowPolicy(1, 1, cameras=1)
+    """Dark and bright images keep the convolutions' inputs of order one, so maps stay apart."""
+    policy, seen = flow.FlowPolicy(1, 1, cameras=1), []
+    policy.eye[0].register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0]))
     images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1, 1).expand(2, 1, 3, 64, 64)
-    features = policy.encode({"rgb": images})
-    assert (features[0] - features[1]).abs().max() > 1e-4 and features.abs().max() < 10
+    policy.encode({"rgb": images})
+    torch.testing.assert_close(seen[0].flatten(1).mean(1), torch.tensor([-0.5, 0.5]))
+
+
+def test_a_feature_is_the_mean_position_of_its_map():
+    maps = torch.randn(2, 3, 4, 6)
+    points = flow.looks_at(maps)
+    for image in range(2):
+        for channel in range(3):
+            total = x = y = 0.0
+            for row in range(4):
+                for column in range(6):
+                    weight = maps[image, channel, row, column].exp().item()
+                    total += weight
+                    x += weight * (2 * column / 5 - 1)
+                    y += weight * (2 * row / 3 - 1)
+            assert points[image, channel].item() == pytest.approx(x / total, abs=1e-5)
+            assert points[image, 3 + channel].item() == pytest.approx(y / total, abs=1e-5)
+
+
+def test_a_shifted_image_is_the_image_moved_with_its_edges_repeated():
+    images = torch.randint(0, 256, (20, 2, 3, 9, 7), dtype=torch.uint8)
+    shifted = flow.shift(images, pixels=2)
+    wide = np.pad(images.numpy(), [(0, 0)] * 3 + [(2, 2), (2, 2)], mode="edge")
+    found = set()
+    for sample, camera in itertools.product(range(20), range(2)):
+        moves = [(dy, dx) for dy in range(5) for dx in range(5)
+                 if (wide[sample, camera, :, dy:dy + 9, dx:dx + 7]
+                     == shifted[sample, camera].numpy()).all()]
+        assert len(moves) == 1  # one of the 25, the same for the three colours
+        found |= {moves[0]}
+    assert len(found) > 10
+    assert shifted.dtype == torch.uint8 and (flow.shift(images, pixels=0) == images).all()
+
+
+def test_sft_shifts_the_images_it_trains_on(monkeypatch):
+    calls, policy = [], flow.FlowPolicy(2, 1, cameras=1)
+    monkeypatch.setattr(flow, "shift", lambda images: calls.append(images.shape) or images)
+    images = torch.randint(0, 256, (6, 1, 3, 48, 48), dtype=torch.uint8)
+    flow.train_sft(policy, {"rgb": images}, torch.randn(6, 2, 1), 2, batch_size=4)
+    assert calls == [(4, 1, 3, 48, 48)] * 2
 
 
 def test_encoding_a_batch_is_encoding_one_by_one():
