@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 RESULTS = Path(__file__).resolve().parent
+DRAWN = RESULTS / "figures"    # where the pictures go
 sys.path.insert(0, str(RESULTS.parent))
 flow, sde, nft = map(importlib.import_module, ("01_flow_policy", "02_sde_sampler", "03_step_loss"))
 plt = flow.pyplot()
@@ -125,10 +126,9 @@ def record(policy_file):
 
 
 def save(fig, name):
-    (RESULTS / "figures").mkdir(exist_ok=True)
-    fig.savefig(RESULTS / f"figures/{name}.png")
+    fig.savefig(DRAWN / f"{name}.png")
     plt.close(fig)
-    print(f"drew results/figures/{name}.png")
+    print(f"drew {name}.png")
 
 
 def draw_world(ax, trails, success, gap, shown=100):
@@ -383,7 +383,7 @@ def main():
     parser.add_argument("--policy", default="runs/03_noise05/policy.pt",
                         help="with --record: the policy after RL with noise 0.5")
     args = parser.parse_args()
-    (RESULTS / "figures").mkdir(exist_ok=True)
+    DRAWN.mkdir(exist_ok=True)
     if args.record:
         record(args.policy)
     with plt.rc_context(STYLE):
