@@ -4,7 +4,7 @@ Run:     .venv/bin/python results/tables.py          (after new results, or afte
 
 A table of results stands under a comment that says where each column comes from:
 
-    <!-- table: PATH | column | column | ... | where COLUMN=VALUE | mean -->
+    <!-- table: PATH | column | column | ... | where COLUMN=VALUE,VALUE | mean -->
 
 PATH     a csv in results/, or a pattern; the seed in a file's name then becomes the column `seed`
 column   NAME              as in the csv, floats with three decimals (NAME:.1f asks for one)
@@ -48,6 +48,8 @@ def rows_of(pattern):
 
 def show(value, form=""):
     """A csv entry as the README writes it."""
+    if value == "":
+        return ""
     if isinstance(value, str) and not re.fullmatch(r"-?[\d.]+(e-?\d+)?", value):
         return f"`{value}`" if re.match(r"\d\d_|--", value) else value.replace("pi-", "π-")
     if not form and "." not in str(value):
@@ -91,7 +93,7 @@ def table(pattern, specs):
     rows, mean = rows_of(pattern), "mean row" in specs
     for name, value in (re.fullmatch(r"where (\w+)=(.*)", s).groups() for s in specs
                         if s.startswith("where ")):
-        rows = [row for row in rows if row[name] == value]
+        rows = [row for row in rows if row[name] in value.split(",")]
     columns = [spec for spec in specs if spec != "mean row" and not spec.startswith("where ")]
     cells = [[cell(row, spec) for spec in columns] for row in rows]
     return cells + ([mean_row(rows, columns)] if mean else [])
