@@ -27,7 +27,7 @@ plt = flow.pyplot()
 # Okabe and Ito's colours: told apart by every kind of colour vision. Figures lie on a card of their
 # own, so that they read the same on a light and on a dark page.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#6e7781"
-STYLE = {"figure.facecolor": "#f6f8fa", "axes.facecolor": "#f6f8fa", "savefig.dpi": 160,
+STYLE = {"figure.facecolor": "#f1f4f7", "axes.facecolor": "#f1f4f7", "savefig.dpi": 160,
          "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "text.color": "#1f2328",
          "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": "#1f2328",
          "xtick.color": "#1f2328", "ytick.color": "#1f2328", "legend.frameon": False,

@@ -8,6 +8,7 @@ A table of results stands under a comment that says where each column comes from
 
 PATH     a csv in results/, or a pattern; the seed in a file's name then becomes the column `seed`
 column   NAME              as in the csv, floats with three decimals (NAME:.1f asks for one)
+         NAME:flags        a command without the script's name
          NAME[low,high]    with the interval of these two columns
          NAME[episodes]    with the 95 % Wilson interval for that column's number of episodes
          AFTER-BEFORE      a gain, in points
@@ -62,6 +63,8 @@ def cell(row, spec):
     if gain:
         return f"{100 * (float(row[gain[1]]) - float(row[gain[2]])):+.1f}"
     name, inner, form = re.fullmatch(r"(\w+)(?:\[(.+)\])?(?::(.+))?", spec).groups()
+    if form == "flags":
+        return f"`{row[name].split(' ', 1)[1]}`"
     if not inner:
         return show(row[name], form or "")
     value, bounds = float(row[name]), inner.split(",")
@@ -70,7 +73,7 @@ def cell(row, spec):
         low, high = flow.wilson(np.arange(episodes) < round(value * episodes))
     else:
         low, high = (float(row[bound]) for bound in bounds)
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{value:.3f} [{low:.3f},&nbsp;{high:.3f}]"
 
 
 def mean_row(rows, specs):
