@@ -1,8 +1,8 @@
 """Every figure of the README, drawn from the csv and npz files in results/.
 
-Run:     .venv/bin/python results/figures.py             (about 5 s; needs no simulator, no training)
-         .venv/bin/python results/figures.py --record    plays the toy policies again first
-Draws:   results/figures/*.png. A figure whose data is not there is skipped with a line that says so.
+Run:     python results/figures.py             (about 5 s; needs no simulator, no training)
+         python results/figures.py --record    plays the toy policies again first
+Draws:   results/figures/*.png; a figure whose data is missing is skipped, and a line says so.
 
 `--record` writes results/figures/toy.npz from the policy of 01 and from the one that
 `03_step_loss.py --noise-level 0.5 --out runs/03_noise05` saved. All formulas are the scripts' own.
@@ -34,8 +34,8 @@ STYLE = {"figure.facecolor": "#f1f4f7", "axes.facecolor": "#f1f4f7", "savefig.dp
          "figure.constrained_layout.use": True, "mathtext.default": "regular"}
 POLICY_COLORS = {"SFT": GREY, "PPO": ORANGE, "GRPO": PURPLE, "pi-StepNFT": BLUE}
 
-START = flow.EVAL_SEED + 25    # the hero figure's start: unfamiliar, and the clone always fails there
-WIDE, NOISE = 0.5, 0.2         # noise level of the hero figure; the paper's, for the method pictures
+START = flow.EVAL_SEED + 25    # of the hero figure: unfamiliar, the clone always fails from there
+WIDE, NOISE = 0.5, 0.2         # noise of the hero figure; the paper's, for the rest
 
 
 def read(path):

@@ -1,7 +1,7 @@
 """Runs the notebooks in place and makes their pictures small enough to commit.
 
-Run:     .venv/bin/python results/notebooks.py              (all of them, about two minutes)
-         .venv/bin/python results/notebooks.py step_loss    (one)
+Run:     python results/notebooks.py              (all of them, about two minutes)
+         python results/notebooks.py step_loss    (one)
 
 A picture keeps 96 colours and a third of its bytes. Each notebook stays under 500 kB.
 """
@@ -31,7 +31,7 @@ def run(name):
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
-        if cell.cell_type == "code":  # sliders live in a kernel; a page would show their source text
+        if cell.cell_type == "code":  # sliders live in a kernel, a page shows only their text
             cell.outputs = [output for output in cell.outputs
                             if not any("widget" in kind for kind in output.get("data", {}))]
         for output in cell.get("outputs", []):

@@ -8,8 +8,8 @@ Saves:   results/benchmark_width/{libero,maniskill}.npz (a few minutes each on t
 
 One start is played many times by four samplers: before and after pi-StepNFT, the ODE and the SDE.
 The start is the first one of the test seeds from which the SFT policy fails at least half of the
-time and under noise sometimes succeeds (12 episodes each); --placement names another. Flags after `--` go to the script itself,
-for policies of another suite, task or observation: `-- --suite libero_goal --tasks 3`.
+time and under noise sometimes succeeds (12 episodes each); --placement names another. Flags after
+`--` go to the script itself, for policies of another suite or task: `-- --suite libero_goal`.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Fills the result tables and the line numbers of README.md from results/ and the scripts.
 
-Run:     .venv/bin/python results/tables.py          (after new results, or after a script has moved)
+Run:     python results/tables.py          (after new results, or after a script has moved)
 
 A table of results stands under a comment that says where each column comes from:
 
