@@ -32,7 +32,8 @@ STYLE = {"figure.facecolor": "#f1f4f7", "axes.facecolor": "#f1f4f7", "savefig.dp
          "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": "#1f2328",
          "xtick.color": "#1f2328", "ytick.color": "#1f2328", "legend.frameon": False,
          "figure.constrained_layout.use": True, "mathtext.default": "regular"}
-POLICY_COLORS = {"SFT": GREY, "PPO": ORANGE, "GRPO": PURPLE, "pi-StepNFT": BLUE}
+NAMES = {"pi-StepNFT": "π-StepNFT", "stepnft": "π-StepNFT", "ppo": "PPO", "grpo": "GRPO"}
+POLICY_COLORS = {"SFT": GREY, "PPO": ORANGE, "GRPO": PURPLE, "π-StepNFT": BLUE}
 
 START = flow.EVAL_SEED + 25    # of the hero figure: unfamiliar, the clone always fails from there
 WIDE, NOISE = 0.5, 0.2         # noise of the hero figure; the paper's, for the rest
@@ -234,12 +235,13 @@ def draw_before_after(ax, rows, groups):
     policies = list(dict.fromkeys(row[2] for row in rows))
     width = 0.8 / len(policies)
     for p, policy in enumerate(policies):
-        color = POLICY_COLORS.get(policy, GREEN)
+        shown = NAMES.get(policy, policy)
+        color = POLICY_COLORS.get(shown, GREEN)
         for g, group in enumerate(groups):
             own = [row for row in rows if row[0] == group and row[2] == policy]
             x = g + (p - (len(policies) - 1) / 2) * width
             ax.bar(x, np.mean([row[3] for row in own]) if own else 0, 0.92 * width, color=color,
-                   alpha=0.8, label=policy.replace("pi-", "π-") if g == 0 else None)
+                   alpha=0.8, label=shown if g == 0 else None)
             for i, (*_, success, low, high) in enumerate(own):
                 at = x + (i - (len(own) - 1) / 2) * width / 4
                 ax.errorbar(at, success, [[success - low], [high - success]], fmt="o", ms=2.5,

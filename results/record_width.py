@@ -48,6 +48,17 @@ def open_envs(name, num_envs, flags=()):
     return script.make_envs(args), args, first
 
 
+def places(name, state):
+    """Where the object and the goal are, from a start's state, which sees them from the hand."""
+    script, hand = importlib.import_module(SCRIPTS[name]), state[:3]
+    if name == "libero":
+        return hand + state[11:14], hand + state[21:24]
+    if hasattr(script, "PROPRIO"):  # object - hand and goal - hand follow what the arm feels
+        first = script.PROPRIO
+        return hand + state[first:first + 3], hand + state[first + 3:first + 6]
+    return hand + state[4:7], hand + state[4:7] + state[7:10]  # cube - hand, goal - cube
+
+
 def paths(policy, envs, seed, episodes, max_steps, noise_level=0, num_steps=4):
     """One start, many episodes -> (hand (episodes, steps + 1, 3), nan after the end; success).
 
@@ -91,8 +102,8 @@ def record(name, before, after, noise_level, episodes=48, num_envs=8, placement=
             if alone <= 0.5 and wide > 0.1:
                 break
         obs, _ = envs.reset(seed=[seed] * num_envs)
-        data = {"seed": seed, "noise_level": noise_level, "max_steps": args.max_steps,
-                "state": obs["state"][0]}
+        thing, goal = places(name, obs["state"][0])
+        data = {"seed": seed, "noise_level": noise_level, "object": thing, "goal": goal}
         for when, policy in (("before", sft), ("after", trained)):
             for sampler, noise in (("ode", 0), ("sde", noise_level)):
                 hand, success = paths(policy, envs, seed, episodes, args.max_steps, noise)
