@@ -32,7 +32,7 @@ def test_a_notebook_runs_and_shows_what_it_shows_here(path, tmp_path):
 
 def test_notebooks_define_no_maths():
     """They import from the scripts: no class, no network, no formula of the method's own."""
-    assert len(NOTEBOOKS) >= 2
+    assert len(NOTEBOOKS) == 3
     for path in NOTEBOOKS:
         cells = json.loads(path.read_text())["cells"]
         code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")

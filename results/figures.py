@@ -1,0 +1,402 @@
+"""Every figure of the README, drawn from the csv and npz files in results/.
+
+Run:     python results/figures.py             (about 5 s; needs no simulator, no training)
+         python results/figures.py --record    plays the toy policies again first
+Draws:   results/figures/*.png; a figure whose data is missing is skipped, and a line says so.
+
+`--record` writes results/figures/toy.npz from the policy of 01 and from the one that
+`03_step_loss.py --noise-level 0.5 --out runs/03_noise05` saved. All formulas are the scripts' own.
+"""
+
+import argparse
+import csv
+import importlib
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+RESULTS = Path(__file__).resolve().parent
+DRAWN = RESULTS / "figures"    # where the pictures go
+sys.path.insert(0, str(RESULTS.parent))
+flow, sde, nft = map(importlib.import_module, ("01_flow_policy", "02_sde_sampler", "03_step_loss"))
+plt = flow.pyplot()
+
+# Okabe and Ito's colours: told apart by every kind of colour vision. Figures lie on a card of their
+# own, so that they read the same on a light and on a dark page.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#6e7781"
+STYLE = {"figure.facecolor": "#f1f4f7", "axes.facecolor": "#f1f4f7", "savefig.dpi": 160,
+         "font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "text.color": "#1f2328",
+         "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": "#1f2328",
+         "xtick.color": "#1f2328", "ytick.color": "#1f2328", "legend.frameon": False,
+         "figure.constrained_layout.use": True, "mathtext.default": "regular"}
+NAMES = {"pi-StepNFT": "π-StepNFT", "stepnft": "π-StepNFT", "ppo": "PPO", "grpo": "GRPO"}
+POLICY_COLORS = {"SFT": GREY, "PPO": ORANGE, "GRPO": PURPLE, "π-StepNFT": BLUE}
+
+START = flow.EVAL_SEED + 25    # of the hero figure: unfamiliar, the clone always fails from there
+WIDE, NOISE = 0.5, 0.2         # noise of the hero figure; the paper's, for the rest
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ------------------------------------------------------------------------------------------------
+# Recording the toy world
+
+
+def trails(act_chunk, seeds, horizon=4):
+    """Every position of the episodes: (episodes, steps + 1, 2), nan after the end, and success.
+
+    The world runs with chunks of one action, so that each step is seen; a new chunk is sampled
+    after every `horizon` of them, as in training.
+    """
+    envs, plan, step = flow.GapWorld(len(seeds), horizon=1), None, 0
+
+    def act(obs):
+        nonlocal plan, step
+        if step % horizon == 0:
+            plan = act_chunk(obs)
+        step += 1
+        return plan[:, (step - 1) % horizon][:, None], {}
+
+    success, rows = flow.play(act, envs, seeds)
+    seen = np.full((len(seeds), envs.max_steps + 1, 2), np.nan, np.float32)
+    for e in range(len(seeds)):
+        trail = np.vstack([rows["obs"]["state"][rows["episode"] == e, :2], envs.position[e]])
+        seen[e, :len(trail)] = trail
+    return seen, success
+
+
+def record(policy_file):
+    """Plays and samples everything that the hero and the five method pictures show -> toy.npz."""
+    if not Path(policy_file).exists():
+        raise SystemExit(f"{policy_file} is missing: run 03_step_loss.py --noise-level 0.5 --out "
+                         f"{Path(policy_file).parent} first")
+    torch.manual_seed(0)
+    sft, trained = flow.toy_policy(0), flow.load_policy(policy_file)[0]
+    K, data = 4, {"start": START, "noise": WIDE}
+
+    def chunks(policy, noise):
+        def act(obs):
+            x_0 = (sde.sde_sample(policy, obs, K, noise)[0] if noise
+                   else flow.ode_sample(policy, obs, K))
+            return policy.denormalise(x_0).numpy()
+        return act
+
+    shown = {"narrow": (sft, 0), "wide": (sft, WIDE), "after": (trained, 0)}
+    for name, (policy, noise) in shown.items():
+        data[name], data[f"{name}_success"] = trails(chunks(policy, noise), [START] * 200)
+    world = flow.GapWorld(1)
+    data["gap"] = world.reset(seed=[START])[0]["state"][0, 2]
+
+    # 1: noise draws become one decision; 2: the same marginal, or not. One coordinate of the chunk.
+    many = {"state": torch.tensor([[-0.8, 0.5, -0.2]]).expand(2000, 3)}
+    data["ode"] = flow.ode_path(sft, many, 32)[:120, :, -1, 1]
+    for name, corrected in (("corrected", True), ("uncorrected", False)):
+        data[name] = sde.sde_sample(sft, many, sde.FINE, 0.5, corrected=corrected)[0][:, -1, 1]
+    data["marginal"] = flow.ode_sample(sft, many, sde.FINE)[:, -1, 1]
+
+    # 3: one recorded step, its Gaussian, and the two mirrored means; 4: its loss along one line
+    times, k = sde.time_grid(K), 1
+    sigma = sde.noise_scale(times, NOISE)[k]
+    _, path = sde.sde_sample(sft, {"state": many["state"][:1]}, K, NOISE)
+    x_t, x_next, v_old = path.x[:, k, :1], path.x[:, k + 1, :1], path.v[:, k, :1]     # (1, 1, 2)
+    where = dict(t_cur=times[k], t_next=times[k + 1], sigma=sigma)
+    mean, std = sde.transition(x_t, v_old, **where)
+    toward = -(x_next - mean) / (x_next - mean).norm()     # a velocity is subtracted: the minus
+    aside = toward.flip(-1) * torch.tensor([-1.0, 1.0])
+    branches = nft.mirror(v_old + 0.25 * toward + 0.3 * aside, v_old, 1.0, 0.5)
+    data |= {"mean": mean[0, 0], "std": std, "x_next": x_next[0, 0]}
+    data["branches"] = torch.cat([sde.transition(x_t, v, **where)[0][0] for v in branches])
+    data["delta"] = torch.linspace(-0.45, 0.45, 61)
+    one = {name: z.reshape(1) for name, z in where.items()}
+    for form in ("ranking", "weighted"):
+        data[f"loss_{form}"] = torch.tensor([[
+            nft.step_nft_loss(v_old + d * toward, v_old, x_t, x_next, y=torch.tensor([y]),
+                              form=form, kl_weight=0, **one)[0] for d in data["delta"]]
+            for y in (1.0, -1.0)])
+    np.savez_compressed(RESULTS / "figures/toy.npz", **{k: np.asarray(v) for k, v in data.items()})
+
+
+# ------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def save(fig, name):
+    fig.savefig(DRAWN / f"{name}.png")
+    plt.close(fig)
+    print(f"drew {name}.png")
+
+
+def draw_world(ax, trails, success, gap, shown=100):
+    for trail, ok in zip(trails[:shown], success):
+        ax.plot(*trail.T, ls="-" if ok else "--", color=BLUE if ok else ORANGE, lw=0.6,
+                alpha=0.45)
+        end = trail[~np.isnan(trail[:, 0])][-1]
+        if not ok:
+            ax.plot(*end, "x", color=ORANGE, ms=3.5, mew=0.9, alpha=0.6)
+    half = flow.GapWorld.gap
+    for low, high in ((-1, gap - half), (gap + half, 1)):
+        ax.plot([0, 0], [low, high], color="#1f2328", lw=2.5, solid_capstyle="butt")
+    ax.add_patch(plt.Circle(flow.GapWorld.goal, flow.GapWorld.goal_radius, color=GREEN, alpha=0.5))
+    ax.plot(*trails[0, 0], "o", color="#1f2328", ms=4)
+    ax.set(xlim=(-0.95, 1), ylim=(-0.55, 0.85), xticks=[], yticks=[], aspect="equal")
+    for side in ax.spines.values():
+        side.set_visible(False)
+
+
+def hero(data):
+    fig, axes = plt.subplots(1, 3, figsize=(9.6, 3.1))
+    texts = (("narrow", "Cloned policy, no noise", "one decision, and no way to find a better one"),
+             ("wide", f"Cloned policy, noise {float(data['noise'])} in every step",
+              "wider: some of its episodes get through"),
+             ("after", "After π-StepNFT, no noise", "narrow again, and right"))
+    for ax, (name, title, what) in zip(axes, texts):
+        draw_world(ax, data[name], data[f"{name}_success"], float(data["gap"]))
+        ax.set_title(title, weight="bold")
+        rate = data[f"{name}_success"].mean()
+        ax.set_xlabel(f"{what}\n{rate:.0%} of {len(data[name])} episodes arrive")
+    save(fig, "hero")
+
+
+def small():
+    return plt.subplots(figsize=(3.7, 2.3))
+
+
+def method(data):
+    """One picture for each of the five steps."""
+    fig, ax = small()
+    ax.plot(np.linspace(1, 0, data["ode"].shape[1]), data["ode"].T, color=BLUE, alpha=0.25, lw=0.7)
+    ax.set(xlim=(1, 0), xlabel="t: from noise (1) to action (0)", ylabel="one action, flow units")
+    save(fig, "step1_flow")
+
+    fig, ax = small()
+    bins = np.linspace(*np.percentile(data["uncorrected"], [0.5, 99.5]), 45)
+    for name, color, label in (("uncorrected", ORANGE, "SDE, no correction"),
+                               ("corrected", BLUE, "SDE, corrected")):
+        ax.hist(data[name], bins, density=True, color=color, alpha=0.45, label=label)
+    ax.hist(data["marginal"], bins, density=True, histtype="step", color="#1f2328", label="ODE")
+    ax.set(xlabel="the same action at t = 0, 64 steps", yticks=[])
+    ax.spines.left.set_visible(False)
+    ax.legend(fontsize=8, loc="upper left", handlelength=1)
+    save(fig, "step2_marginals")
+
+    fig, ax = small()
+    for n in (1, 2):
+        ax.add_patch(plt.Circle(data["mean"], n * float(data["std"]), fill=False, color=GREY,
+                                ls="--", lw=0.8))
+    for point, color, name in zip((*data["branches"], data["mean"]), (BLUE, ORANGE, GREY),
+                                  ("v_pos", "v_neg", "v_old")):
+        if name != "v_old":
+            ax.plot(*np.stack([data["x_next"], point]).T, ":", color=color)
+        ax.plot(*point, "o", color=color)
+        ax.annotate(f"mean({name})", point, (7, -3), textcoords="offset points", color=color)
+    ax.plot(*data["x_next"], "*", color="#1f2328", ms=11)
+    ax.annotate("x_next", data["x_next"], (0, -14), textcoords="offset points", ha="center")
+    ax.set_aspect("equal", "datalim")
+    ax.set_axis_off()
+    save(fig, "step3_gaussian")
+
+    fig, ax = small()
+    for losses, color, what in zip(data["loss_ranking"], (BLUE, ORANGE), ("success", "failure")):
+        ax.plot(data["delta"], losses, color=color, label=what)
+    ax.axhline(math.log(2), color=GREY, ls="--", lw=0.8)
+    ax.text(0.45, math.log(2), "ln 2", color=GREY, ha="right", va="bottom")
+    ax.set(xlabel="change of velocity towards x_next", ylabel="loss")
+    ax.legend(handlelength=1, loc="upper center")
+    save(fig, "step4_ranking")
+
+    fig, ax = small()
+    draw_curves(ax, sorted((RESULTS / "03_step_loss").glob("seed*.csv")), BLUE)
+    ax.set(ylim=(0, 1), xlabel="training episodes, thousands", ylabel="success")
+    ax.legend(fontsize=8, loc="lower right", handlelength=1)
+    save(fig, "step5_iterate")
+
+
+def draw_curves(ax, paths, color, label="trained policy, ODE", train=True):
+    """Success against training episodes, a line for each log; the acting policy thin and grey."""
+    for i, path in enumerate(paths):
+        log = nft.read_log(path)
+        seen, played = ~np.isnan(log["eval_ode"]), log["episodes"] / 1000
+        if train:
+            ax.plot(played, log["train_sde"], color=GREY, lw=0.6, alpha=0.5,
+                    label="acting policy, SDE" if i == 0 else None)
+        ax.plot(played[seen], log["eval_ode"][seen], "o-", ms=2.5, lw=1.3, color=color,
+                alpha=1 - 0.25 * (i % 3), label=label if i == 0 else None)
+
+
+def draw_before_after(ax, rows, groups):
+    """rows: (group, seed, policy, success, low, high). A pair of bars for each group, mean over
+    seeds; a dot with its 95 % interval for each seed."""
+    policies = list(dict.fromkeys(row[2] for row in rows))
+    width = 0.8 / len(policies)
+    for p, policy in enumerate(policies):
+        shown = NAMES.get(policy, policy)
+        color = POLICY_COLORS.get(shown, GREEN)
+        for g, group in enumerate(groups):
+            own = [row for row in rows if row[0] == group and row[2] == policy]
+            x = g + (p - (len(policies) - 1) / 2) * width
+            ax.bar(x, np.mean([row[3] for row in own]) if own else 0, 0.92 * width, color=color,
+                   alpha=0.8, label=shown if g == 0 else None)
+            for i, (*_, success, low, high) in enumerate(own):
+                at = x + (i - (len(own) - 1) / 2) * width / 4
+                ax.errorbar(at, success, [[success - low], [high - success]], fmt="o", ms=2.5,
+                            color="#1f2328", lw=0.7)
+    ax.set_xticks(range(len(groups)), groups)
+    ax.set(ylim=(0, 1.05), ylabel="success, ODE")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(policies), handlelength=1)
+
+
+def ablations(folder):
+    """Each variant's mean over seeds with its 95 % t-interval, beside the paper's number."""
+    rows = nft.summarise(read(folder / "compare.csv"))
+    sft = np.mean([row["sft"] for row in rows])
+    titles = {"rollout": "rollout, target endpoint", "same, mean": "rollout, next step's mean",
+              "target": "target", "loss": "loss", "noise level": "noise level", "beta": "beta",
+              "beyond": "beyond the paper"}
+    columns = (("rollout", "same, mean", "target"), ("loss", "noise level", "beta"))
+    fig, axes = plt.subplots(1, 2, figsize=(9.6, 3.9), sharex=True)
+    for ax, figures in zip(axes, columns):
+        y, ticks = 0, []
+        for figure in figures:
+            ax.text(-0.02, y, titles[figure], weight="bold", ha="right", va="center", fontsize=8.5,
+                    transform=ax.get_yaxis_transform())
+            for row in (r for r in rows if r["figure"] == figure):
+                y += 1
+                ticks.append((y, row["variant"]))
+                ax.plot([0, row["after"]], [y, y], color=BLUE, lw=5, alpha=0.25,
+                        solid_capstyle="butt")
+                ax.errorbar(row["after"], y, xerr=row["half"], fmt="o", color=BLUE, ms=4.5, lw=1.2)
+                if row["paper"] != "-":
+                    ax.plot(row["paper"], y, "D", color=ORANGE, ms=4.5)
+            y += 1
+        ax.axvline(sft, color=GREY, ls="--", lw=0.8)
+        ax.set_yticks(*zip(*ticks))
+        ax.tick_params(axis="y", length=0)
+        ax.spines.left.set_visible(False)
+        ax.set(ylim=(y - 0.3, -0.6), xlim=(-0.02, 1.02), xlabel="success")
+    handles = [plt.Line2D([], [], marker="o", color=BLUE, lw=1.2,
+                          label=f"toy world, {rows[0]['seeds']} seeds, 95 %"),
+               plt.Line2D([], [], marker="D", color=ORANGE, lw=0,
+                          label="paper, LIBERO-Object task 0"),
+               plt.Line2D([], [], color=GREY, ls="--", lw=0.8, label="toy world, before RL (SFT)")]
+    fig.legend(handles=handles, loc="outside upper center", ncols=3)
+    save(fig, "ablations")
+
+
+def libero(folder, task="task0"):
+    logs = sorted(folder.glob(f"{task}_seed[0-9].csv"))
+    tests = sorted(folder.glob(f"{task}_seed[0-9]_test.csv"))
+    if not logs:
+        return skipped("libero", f"{folder.name}/{task}_seed*.csv")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3), width_ratios=(1.6, 1))
+    draw_curves(left, logs, BLUE)
+    left.set(ylim=(0, 1.02), xlabel="training episodes, thousands", ylabel="success",
+             title=f"LIBERO-Object task 0, validation while training, {count(logs)}")
+    left.legend(loc="lower right", handlelength=1.5)
+    rows = [(r["starts"].replace(" ", "\n", 1), i, r["policy"], *numbers(r))
+            for i, path in enumerate(tests) for r in read(path) if r["suite"] == "libero_object"]
+    draw_before_after(right, rows, sorted({row[0] for row in rows}, reverse=True))
+    save(fig, "libero")
+
+
+def maniskill(folder):
+    logs, summary = sorted(folder.glob("seed[0-9].csv")), folder / "summary.csv"
+    if not logs or not summary.exists():
+        return skipped("maniskill", f"{folder.name}/seed*.csv and summary.csv")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3), width_ratios=(1.6, 1))
+    draw_curves(left, logs, BLUE, "π-StepNFT, ODE")
+    for name, color in (("ppo", ORANGE), ("grpo", PURPLE)):
+        draw_curves(left, sorted(folder.glob(f"{name}_seed[0-9].csv")), color, f"{name.upper()}, "
+                    "ODE", train=False)
+    left.set(ylim=(0, 1.02), xlabel="training episodes, thousands", ylabel="success",
+             title=f"ManiSkill PickCube, validation while training, {count(logs)}")
+    left.legend(loc="lower right", handlelength=1.5)
+    rows = []
+    for i, row in enumerate(r for r in read(summary) if "--sft-steps" not in r["command"]):
+        for policy, column in (("SFT", "sft"), ("pi-StepNFT", "stepnft")):
+            rate, episodes = float(row[column]), int(row["test_episodes"])
+            won = np.arange(episodes) < round(rate * episodes)
+            rows.append((f"seed {i}", i, policy, rate, *flow.wilson(won)))
+    draw_before_after(right, rows, sorted({row[0] for row in rows}))
+    right.set_ylabel("success, ODE, test")
+    save(fig, "maniskill")
+
+
+AXES = ("in-distribution", "vision", "semantic", "execution", "OOD mean")
+
+
+def ood_rows(path):
+    """ood.csv -> the rows that `draw_before_after` takes: mean over the variants of each axis, and
+    over the three out-of-distribution axes; the interval is that of the pooled episodes."""
+    table, rows = read(path), []
+    for policy, seed in dict.fromkeys((r["policy"], r["seed"]) for r in table):
+        own = [r for r in table if (r["policy"], r["seed"]) == (policy, seed)]
+        means = {}
+        for axis in AXES[:4]:
+            variants = [r for r in own if r["axis"] == axis]
+            if variants:
+                episodes = sum(int(r["episodes"]) for r in variants)
+                means[axis] = np.mean([float(r["success"]) for r in variants]), episodes
+        shifted = [v for axis, v in means.items() if axis != AXES[0]]
+        if shifted:
+            means["OOD mean"] = np.mean([m for m, _ in shifted]), sum(n for _, n in shifted)
+        for axis, (mean, episodes) in means.items():
+            won = np.arange(episodes) < round(mean * episodes)
+            rows.append((axis, seed, policy, mean, *flow.wilson(won)))
+    return rows
+
+
+def ood(path):
+    """policy,seed,axis,variant,episodes,success,low,high -> bars for each axis and each variant."""
+    if not path.exists():
+        return skipped("ood", f"{path.parent.name}/{path.name}")
+    rows, table = ood_rows(path), read(path)
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(9.6, 5.6))
+    draw_before_after(top, rows, [axis for axis in AXES if any(r[0] == axis for r in rows)])
+    variants = list(dict.fromkeys((r["axis"], r["variant"]) for r in table))
+    draw_before_after(bottom, [((r["axis"], r["variant"]), r["seed"], r["policy"], *numbers(r))
+                               for r in table], variants)
+    bottom.set_xticks(range(len(variants)), [variant for _, variant in variants], rotation=30,
+                      ha="right", fontsize=8)
+    bottom.get_legend().remove()
+    save(fig, "ood")
+
+
+def numbers(row):
+    return tuple(float(row[name]) for name in ("success", "low", "high"))
+
+
+def count(paths):
+    return f"{len(paths)} seed{'s' if len(paths) > 1 else ''}"
+
+
+def skipped(name, missing):
+    print(f"skipped {name}: results/{missing} is not there yet")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--record", action="store_true", help="play the toy policies again first")
+    parser.add_argument("--policy", default="runs/03_noise05/policy.pt",
+                        help="with --record: the policy after RL with noise 0.5")
+    args = parser.parse_args()
+    DRAWN.mkdir(exist_ok=True)
+    if args.record:
+        record(args.policy)
+    with plt.rc_context(STYLE):
+        toy = np.load(RESULTS / "figures/toy.npz")
+        hero(toy)
+        method(toy)
+        ablations(RESULTS / "03_compare_lr3e-4")
+        libero(RESULTS / "04_train_libero")
+        maniskill(RESULTS / "05_train_maniskill")
+        ood(RESULTS / "05_train_maniskill/ood.csv")
+
+
+if __name__ == "__main__":
+    main()
