@@ -1,6 +1,7 @@
 """01 - A policy is a velocity field.
 
-A flow policy draws Gaussian noise x_1 and carries it to an action chunk x_0 by a learned velocity:
+A flow policy draws Gaussian noise x_1 and carries it to an action chunk x_0 (the next H actions,
+played without looking again) by a learned velocity:
 
     dx_t / dt = v_theta(x_t, t, observation),        from t = 1 (noise) down to t = 0 (action)
 
@@ -34,7 +35,8 @@ from tqdm import tqdm
 
 EVAL_SEED = 1_000_000  # evaluation episodes are seeds 1000000, 1000001, ...; training stays below
 
-# Shapes in this repo: B batch, H actions per chunk, A action dims, K denoising steps, S state dims.
+# Shapes in this repo: B batch, H actions per chunk, A action dims, K denoising steps, S state dims,
+# C numbers of an encoded observation (ctx), N rows of a data set.
 
 # ------------------------------------------------------------------------------------------------
 # The policy: encode the observation once, then ask for a velocity at any (x_t, t)
@@ -47,23 +49,23 @@ class FlowPolicy(nn.Module):
         state        (B, S) float32       normalised here, per dimension
         rgb          (B, cameras, 3, height, width) uint8
         instruction  list of B sentences  read as bytes, so unseen words are no error
-    `cameras` and `language` say which encoders to build. Actions are normalised per dimension with
-    the statistics of the demonstrations, which are part of the checkpoint.
+    `cameras` and `language` say which encoders to build, `backbone` names a torchvision ResNet for
+    the images. Actions are normalised per dimension with the statistics of the demonstrations,
+    which are part of the checkpoint.
     """
 
     def __init__(self, horizon, action_dim, state_dim=0, cameras=0, language=False, width=128,
-                 depth=3):
+                 depth=3, backbone=None):
         super().__init__()
+        # what rebuilds this policy; part of the checkpoint
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.horizon, self.action_dim = horizon, action_dim
         self.state_dim, self.cameras, self.language = state_dim, cameras, language
         for name, size in (("state", state_dim), ("action", action_dim)):
             self.register_buffer(f"{name}_centre", torch.zeros(size))
             self.register_buffer(f"{name}_scale", torch.ones(size))
-        if cameras:  # one small convolutional net, shared by the cameras
-            self.eye = nn.Sequential(
-                nn.Conv2d(3, 32, 7, stride=2), nn.SiLU(), nn.Conv2d(32, 32, 3, stride=2), nn.SiLU(),
-                nn.Conv2d(32, 32, 3), nn.SiLU(), nn.Conv2d(32, 64, 3))
+        if cameras:  # one net, shared by the cameras
+            self.eye = image_net(backbone)
         if language:  # bytes -> vectors, a convolution that sees five letters at a time, maximum
             self.letters = nn.Embedding(256, 32)
             self.words = nn.Conv1d(32, 64, 5, padding=2)
@@ -77,7 +79,7 @@ class FlowPolicy(nn.Module):
         parts = []
         if self.state_dim:
             state = (obs["state"] - self.state_centre) / self.state_scale           # (B, S)
-            parts.append(state.clamp(-5, 5))  # a toppled bottle is 100 stds from every demo
+            parts.append(state.clamp(-5, 5))  # a robot that bumps can be 100 stds away
         if self.cameras:
             images = obs["rgb"].flatten(0, 1).float() / 255 - 0.5               # (B*cameras, 3, ..)
             # half precision for the images; the head keeps 32 bits, RL compares close velocities
@@ -120,7 +122,10 @@ class FlowPolicy(nn.Module):
 
     @property
     def used(self):
-        """(A,) bool: action dims whose range in the demos is more than a tenth of [-1, 1]."""
+        """(A,) bool: action dims whose range in the demos is more than a tenth of [-1, 1].
+
+        03 gives the other dims no credit.
+        """
         return self.action_scale > 0.1
 
     def normalise(self, actions):
@@ -130,6 +135,21 @@ class FlowPolicy(nn.Module):
     def denormalise(self, x_0):
         """Flow units -> environment units, (..., A)."""
         return x_0 * self.action_scale + self.action_centre
+
+
+def image_net(backbone=None, weights=None):
+    """Images (N, 3, h, w) -> 64 feature maps: a small net, or a torchvision ResNet.
+
+    backbone: resnet18, resnet50, ... without its last stage; weights="DEFAULT": pretrained ones.
+    """
+    if backbone is None:
+        return nn.Sequential(
+            nn.Conv2d(3, 32, 7, stride=2), nn.SiLU(), nn.Conv2d(32, 32, 3, stride=2), nn.SiLU(),
+            nn.Conv2d(32, 32, 3), nn.SiLU(), nn.Conv2d(32, 64, 3))
+    import torchvision
+    stages = list(torchvision.models.get_model(backbone, weights=weights).children())[:-3]
+    maps = nn.Conv2d(stages[-1][0].downsample[0].out_channels, 64, 1)
+    return nn.Sequential(*stages, maps).eval()  # batch norm: acting and training see the same
 
 
 def looks_at(maps):
@@ -167,7 +187,7 @@ def shift(images, pixels=4):
 def flow_matching_loss(policy, obs, x_0):
     """Mean squared error of the velocity at a random point of the line from x_0 to noise.
 
-    x_0 (B, H, A) in flow units -> scalar. (Lipman et al. 2023; paper, section 3)
+    x_0 (B, H, A) in flow units -> scalar. (Lipman et al. 2023; pi-StepNFT, section 3)
     """
     x_1 = torch.randn_like(x_0)
     t = torch.rand(len(x_0), device=x_0.device)
@@ -279,6 +299,7 @@ def play(act, envs, seeds, desc=None):
         try:
             if len(idle):
                 fresh = np.isin(np.arange(num_envs), idle)
+                # gymnasium wants a seed for the slots it leaves alone, too
                 slot_seeds = [int(seeds[e]) if e >= 0 else 0 for e in episode]
                 obs, _ = envs.reset(seed=slot_seeds, options={"reset_mask": fresh})
             if (episode < 0).all():
@@ -374,6 +395,7 @@ class GapWorld(gym.vector.VectorEnv):
             move = self.speed * np.clip(chunks[:, h], -1, 1) * live[:, None]
             old, new = self.position, np.clip(self.position + move, -1, 1)
             crosses = (old[:, 0] < 0) != (new[:, 0] < 0)
+            # the wall, as a fraction of the way
             along = -old[:, 0] / np.where(crosses, new[:, 0] - old[:, 0], 1)
             y_wall = old[:, 1] + along * (new[:, 1] - old[:, 1])
             crashed = crosses & (np.abs(y_wall - self.gap_y) > self.gap)
@@ -428,6 +450,7 @@ def toy_policy(seed=0, num_demos=6, steps=3000, folder="runs/01_flow_policy"):
     """The few-shot policy that 02 and 03 start from: loaded, or trained and saved when missing."""
     path = Path(folder) / f"sft_demos{num_demos}_steps{steps}_seed{seed}.pt"
     if path.exists():
+        print(f"{path}: loaded")
         return load_policy(path)[0]
     print(f"{path} is missing: training it")
     torch.manual_seed(seed)
@@ -465,7 +488,7 @@ def pyplot():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="see line 1")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--seed", type=int, default=0, help="seed of the demos and of the training")
     add("--num-demos", type=int, default=6, help="demonstrations, all from the narrow starts")
@@ -477,6 +500,7 @@ def main():
     if args.num_demos < 1:
         raise SystemExit("--num-demos 0: SFT needs at least one demonstration")
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()))
+    torch.set_num_threads(1)  # on nets this small, threads only wait for each other
     start = time.time()
     policy = toy_policy(args.seed, args.num_demos, args.sft_steps, args.out)
     rates, seeds = {}, range(EVAL_SEED, EVAL_SEED + args.episodes)

@@ -2,7 +2,9 @@
 
 The ODE of 01 turns one noise draw into one action chunk and explores only as widely as the demos.
 Noise in every denoising step widens it. But noise alone also blurs the distribution; the mean must
-step back by exactly as much as the noise adds (the score of x_t, which a flow knows: -x1_hat / t):
+step back by exactly as much as the noise adds (the score of x_t, which a flow knows: -x1_hat / t).
+With x0_hat = x_t - t v and x1_hat = x_t + (1 - t) v, the ends of the line through x_t, and dt the
+step from t to t_next:
 
     x_next ~ N(mean, std^2),   mean = (1 - t_next) x0_hat + (t_next - sigma^2 dt / (2 t)) x1_hat
                                std  = sigma sqrt(dt),     sigma = noise_level sqrt(t / (1 - t))
@@ -44,7 +46,7 @@ def time_grid(num_steps):
 
 
 def noise_scale(times, noise_level):
-    """sigma_k at the start of each step: times (K+1,) -> (K,).   (paper, eq. for the Flow-SDE)
+    """sigma_k at the start of each step: times (K+1,) -> (K,).   (Flow-SDE)
 
     At t = 1 the formula divides by zero; there, only the denominator uses the next grid time.
     """
@@ -77,7 +79,8 @@ SamplingPath = namedtuple("SamplingPath", "x v")
 def sde_sample(policy, obs, num_steps, noise_level, x_1=None, corrected=True, noisy=None):
     """K noisy steps from noise to an action chunk -> (x_0 (B, H, A) in flow units, path).
 
-    noisy (B, 1) names the only noisy step of each row, the others are the ODE's: PPO's form of it.
+    noisy (B, 1) names the only noisy step of each row, the others are the ODE's: what the
+    baselines of 05 need.
     """
     ctx = policy.encode(obs)
     shape = (len(ctx), policy.horizon, policy.action_dim)
@@ -129,6 +132,7 @@ def main():
     args = parser.parse_args()
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()))
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # on nets this small, threads only wait for each other
     start = time.time()
     policy = flow.toy_policy(args.seed)
     torch.manual_seed(args.seed)
@@ -154,6 +158,7 @@ def main():
             x_0 = sample(one_obs)
             fine = sde_sample(policy, one_obs, FINE, noise_level, corrected=corrected)[0]
             world = flow.GapWorld(args.episodes)
+            # many episodes from one start: their width is the sampler's
             same_start = flow.play(act, world, [flow.EVAL_SEED] * args.episodes)
             seeds = range(flow.EVAL_SEED, flow.EVAL_SEED + args.episodes)
             success, _ = flow.play(act, world, seeds)

@@ -10,10 +10,11 @@ ask which of the two explains the observed x_next better:
 
 A success says v_pos should win, a failure says v_neg should. No critic, no likelihood of the whole
 path, one forward pass per optimisation step. At delta = 0 the loss is ln 2 and its gradient is
-REINFORCE on that one step. New since 02: the loss, the EMA (exponential moving average) that keeps
-the acting policy `old` behind the trained one, and the iteration: rollout, label, update, EMA.
-Left out of the published code: padded action dimensions, FSDP, and an off-by-one in its success
-history that labels an episode which succeeds in its very last chunk as a failure.
+REINFORCE on that one step: label times the gradient of its log-probability. New since 02: the loss,
+the EMA (exponential moving average) that keeps the acting policy `old` behind the trained one, and
+the iteration: rollout, label, update, EMA. Left out of the published code: padded action dimensions
+and an off-by-one in its success history that labels an episode which succeeds in its very last
+chunk as a failure. Read the loss and the iteration first; workers, ranks and flags serve 04 and 05.
 
 Run:     python 03_step_loss.py            (about 25 s on two CPU cores, SFT included)
          python 03_step_loss.py --compare 3 --lr 3e-4   (the paper's ablations in miniature)
@@ -75,6 +76,7 @@ def step_nft_loss(v_theta, v_old, x_t, x_next, t_cur, t_next, sigma, y, mask=Non
     target: next      the observed x_next (the method)
             next-mean the mean x_next would have if its endpoint x_0 were known (needs x_0)
             endpoint  x_0 itself, compared with x0_hat = x_t - t v (needs x_0; DiffusionNFT's)
+    corrected: the mean of 02's SDE, or of its uncorrected variant.
     form:   ranking   softplus(dpo_beta / 2 * y * (E_pos - E_neg)) (the method)
             weighted  r E_pos + (1 - r) E_neg with r = (1 + y) / 2
             positive, negative: ranking on the successes or on the failures alone
@@ -95,6 +97,7 @@ def step_nft_loss(v_theta, v_old, x_t, x_next, t_cur, t_next, sigma, y, mask=Non
         if target == "endpoint":
             return (x_0 - (x_t - t * v)).pow(2).sum(-1)                           # (B, H)
         mean, std = mean_std(v)
+        # (x_t - x_0) / t is the velocity that points at x_0
         observed = x_next if target == "next" else mean_std((x_t - x_0) / t)[0]
         return ((observed - mean).pow(2) / (std**2 + var_eps)).sum(-1)            # (B, H)
 
@@ -109,6 +112,7 @@ def step_nft_loss(v_theta, v_old, x_t, x_next, t_cur, t_next, sigma, y, mask=Non
         if form != "ranking":
             mask = mask * ((y > 0) if form == "positive" else (y < 0))[:, None]
     actions = mask.sum(-1)                                                        # (B,)
+    # mean over a row's actions, then over the rows that have any
     row_loss = (loss * mask).sum(-1) / actions.clamp(min=1)
     loss = row_loss.sum() / (actions > 0).sum().clamp(min=1)
     drift = (v_theta - v_old).norm(dim=-1)
@@ -176,7 +180,7 @@ def labels(success, episode, kind="binary", group_size=8):
     """
     y = torch.as_tensor(success).float() * 2 - 1                   # (episodes,)
     if kind == "centered":
-        y = y - gather(y).mean()
+        y = y - gather(y).mean()  # of all torchrun ranks
     if kind == "grouped":
         groups = y.view(-1, group_size)
         y = (groups - groups.mean(1, keepdim=True)).flatten()
@@ -562,7 +566,7 @@ def draw_run(out):
 # The method on the toy world
 
 
-def train_toy(args, log=None, progress=None):
+def train_toy(args, log=None, quiet=None):
     """SFT -> pi-StepNFT on the toy world -> (SFT policy, trained policy, success of both)."""
     sft = flow.toy_policy(args.seed)
     torch.manual_seed(args.seed)
@@ -572,7 +576,7 @@ def train_toy(args, log=None, progress=None):
     envs, test = flow.GapWorld(args.episodes), flow.GapWorld(1000)
     test_seeds = range(flow.EVAL_SEED, flow.EVAL_SEED + 1000)  # training seeds start at 2 EVAL_SEED
     before = rate = flow.evaluate(sft, test, test_seeds, args.num_steps).mean()
-    bar = tqdm(range(args.iterations), desc="pi-StepNFT", disable=progress)
+    bar = tqdm(range(args.iterations), desc="pi-StepNFT", disable=quiet)
     for iteration in bar:
         first = (2 + args.seed) * flow.EVAL_SEED + iteration * args.episodes
         seeds = start_seeds(first, args.episodes, args.labels)
@@ -630,7 +634,7 @@ VARIANTS = [
 def one_run(argv):
     """A worker of --compare: flags -> (success of SFT, success after)."""
     torch.set_num_threads(1)
-    *_, sft, stepnft = train_toy(parse_args(argv), progress=True)
+    *_, sft, stepnft = train_toy(parse_args(argv), quiet=True)
     return argv, sft, stepnft
 
 
@@ -718,6 +722,7 @@ def parse_args(argv=None):
 
 def main():
     args, start = parse_args(), time.time()
+    torch.set_num_threads(1)  # on nets this small, threads only wait for each other
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()))
     if args.compare:
         return compare(args)

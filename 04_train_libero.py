@@ -4,7 +4,8 @@ The method of 03 unchanged, on the benchmark of the paper. A scripted pick-and-p
 LIBERO's recorded files) gives a few demonstrations, flow matching clones them (SFT), and
 reinforcement learning lifts the clone:
 
-    rollout (02: SDE, wide) -> label by success -> update (03: one-step ranking) -> EMA -> evaluate
+    rollout (02: SDE, wide) -> label by success -> update (03: one-step ranking)
+    -> EMA (the acting policy follows) -> evaluate
 
 New since 03: simulators in worker processes, object poses or camera images (--obs), several tasks
 for one policy (--tasks all: it then reads the instruction), recorded demonstrations (--demos),
@@ -13,8 +14,9 @@ LIBERO's 50 official initial states, random placements, and on request LIBERO-PR
 (--eval-suites); no training episode starts from any of them.
 Defaults that differ from the paper's, because two CPU cores are not a GPU cluster: all K denoising
 steps of a chunk are trained on; labels are grouped (8 episodes from the same start, minus their
-mean); noise 0.5, because most of it is contracted away before it reaches the arm; positions are
-seen from the hand. Left out: the pretrained vision-language backbone.
+mean); noise 0.5, because most of it is contracted away before it reaches the arm (see the notebook
+exploration_width); positions are seen from the hand. Left out: the vision-language backbone; a
+pretrained ResNet for the images is an option (--backbone).
 
 Run:     python 04_train_libero.py                   (task 0 in about an hour on two CPU cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/best.pt --video 4
@@ -100,7 +102,7 @@ def read_suite(suite):
 
 
 def state_size(suite, obs="state"):
-    """Hand 11 numbers, then, unless there are images, 10 for each entity of the largest task."""
+    """Hand 11 numbers, then, unless there are images, 10 for each entity of the task with most."""
     most = max(len(entities) for _, _, entities in read_suite(suite)[2])
     return 11 + 10 * most * (obs == "state")
 
@@ -154,10 +156,10 @@ class LiberoSim:
     """One LIBERO task, without robosuite's observation and rendering machinery.
 
     observe()["state"], float32: hand position 3, hand rot6, finger joints 2. With obs="state" then
-    for each of the entities position minus hand 3 (offsets generalise over the table), rot6, drawer
-    or knob opening 1, and zeros up to state_dim, so that one policy fits all tasks of a suite. With
-    obs="rgb" instead ["rgb"], (2, 3, size, size) uint8: agent and wrist camera. gl: "egl" or
-    "osmesa" for a simulator that can draw.
+    for each thing that the goals name position minus hand 3 (offsets generalise over the table),
+    rot6, drawer or knob opening 1, and zeros up to state_dim, so that one policy fits all tasks of
+    a suite. Other objects are not shown: to six demos their poses are noise. With obs="rgb" instead
+    ["rgb"], (2, 3, size, size) uint8: agent and wrist camera. gl: "egl" or "osmesa" to draw.
     """
 
     def __init__(self, suite, task, obs="state", state_dim=None, gl=None, size=128):
@@ -720,7 +722,11 @@ def pretrain(args, out, device):
     """Demos -> SFT -> sft.pt."""
     torch.manual_seed(args.seed)
     policy = flow.FlowPolicy(args.horizon, ACTION_DIM, state_dim=args.state_dim, width=512,
-                             cameras=2 * (args.obs == "rgb"), language=len(args.tasks) > 1)
+                             cameras=2 * (args.obs == "rgb"), language=len(args.tasks) > 1,
+                             backbone=args.backbone)
+    if args.backbone:
+        pretrained = flow.image_net(args.backbone, "DEFAULT")
+        policy.eye[:-1].load_state_dict(pretrained[:-1].state_dict())
     obs, chunks = collect_demos(args) if args.demos == "scripted" else load_demos(args)
     loss = flow.train_sft(policy.to(device), obs, chunks, args.sft_steps)
     print(f"SFT: flow matching loss {loss:.3f}")
@@ -783,6 +789,9 @@ def parse_args():
     add("--tasks", nargs="+", default=["0"], help="task numbers in the suite, or all")
     add("--obs", default="state", choices=["state", "rgb"],
         help="poses of the objects, or two cameras (needs EGL or OSMesa); and the hand's pose")
+    add("--backbone", metavar="RESNET",
+        help="torchvision's pretrained resnet18, resnet50, ... for the images instead of a small "
+             "net from scratch (pip install torchvision)")
     add("--image-size", type=int, default=128, help="height and width of the camera images")
     add("--demos", default="scripted", metavar="PATH",
         help="scripted, or a folder (or file) of LIBERO's official HDF5 demonstrations")
@@ -828,9 +837,27 @@ def check(args):
                          "horizon": ("--horizon", args.horizon),
                          "state_dim": ("--suite", args.state_dim),
                          "language": ("--tasks", len(args.tasks) > 1)})
+    if args.backbone:
+        check_backbone(args)
     if args.image_size < 48:
         raise SystemExit(f"--image-size {args.image_size}: the image encoder needs at least 48")
     args.gl = find_gl() if args.obs == "rgb" or args.video else None
+
+
+def check_backbone(args):
+    """torchvision, the ResNet of that name, and its weights (fetched once by torchvision)."""
+    name, fresh = args.backbone, not (args.resume or args.eval_only)
+    if args.obs != "rgb":
+        raise SystemExit(f"--backbone {name} looks at images: add --obs rgb")
+    try:
+        flow.image_net(name, "DEFAULT" if fresh else None)
+    except ImportError:
+        raise SystemExit(f"--backbone {name}: pip install torchvision, or leave it out") from None
+    except (ValueError, AttributeError, TypeError):
+        raise SystemExit(f"--backbone {name} is no ResNet of torchvision; try resnet18") from None
+    except OSError as error:
+        raise SystemExit(f"--backbone {name}: its weights cannot be fetched ({error}); put their "
+                         "file into $TORCH_HOME/hub/checkpoints") from None
 
 
 def run(args, envs, device):
@@ -855,6 +882,8 @@ def main():
     args = parse_args()
     check(args)
     device = nft.join_ranks(args.device)
+    if args.obs == "state":
+        torch.set_num_threads(1)  # a small net: the cores are for the simulators
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
     if args.expert_only:
         return test_expert(args)

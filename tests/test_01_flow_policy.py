@@ -278,6 +278,29 @@ def test_sft_shifts_the_images_it_trains_on(monkeypatch):
     assert calls == [(4, 1, 3, 48, 48)] * 2
 
 
+def test_a_resnet_sees_what_torchvision_sees(tmp_path, monkeypatch):
+    """Weights from a file where torchvision keeps its downloads; maps of its third stage."""
+    models = pytest.importorskip("torchvision").models
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    reference = models.resnet18().eval()
+    name = models.ResNet18_Weights.DEFAULT.url.split("/")[-1]
+    torch.save(reference.state_dict(), tmp_path / "hub/checkpoints" / name)
+    eye = flow.image_net("resnet18", "DEFAULT")
+    x = images = torch.randn(2, 3, 64, 64)
+    for layer in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3"):
+        x = getattr(reference, layer)(x)
+    torch.testing.assert_close(eye[:-1](images), x)
+    assert eye(images).shape == (2, 64, 4, 4)
+    torch.testing.assert_close(eye(images)[:1], eye(images[:1]), rtol=1e-3, atol=1e-4)
+    policy = flow.FlowPolicy(2, 1, cameras=1, backbone="resnet18")
+    flow.save_checkpoint(tmp_path / "p.pt", config=policy.config, policy=policy.state_dict())
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))  # a checkpoint fetches nothing
+    loaded, _ = flow.load_policy(tmp_path / "p.pt")
+    obs = {"rgb": torch.randint(0, 256, (3, 1, 3, 64, 64), dtype=torch.uint8)}
+    torch.testing.assert_close(loaded.encode(obs), policy.encode(obs))
+
+
 def test_encoding_a_batch_is_encoding_one_by_one():
     policy, obs = full_policy(), full_obs(SENTENCES + SENTENCES[:1])
     alone = [policy.encode(flow.take(obs, torch.tensor([i]))) for i in range(4)]

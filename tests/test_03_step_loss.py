@@ -809,7 +809,7 @@ def test_train_toy_acts_with_the_ema_policy_on_fresh_seeds():
         patch.setattr(loss, "rollout", watched_rollout)
         patch.setattr(loss, "update", watched_update)
         args = loss.parse_args("--iterations 3 --episodes 20 --ema 0.25 0.25".split())
-        returned_sft, policy, *_ = loss.train_toy(args, progress=True)
+        returned_sft, policy, *_ = loss.train_toy(args, quiet=True)
     assert torch.equal(weights(returned_sft), start) and torch.equal(weights(policy), learned[2])
     assert torch.equal(acted[0], start)
     for i in (1, 2):
