@@ -102,9 +102,9 @@ def read_suite(suite):
 
 
 def state_size(suite, obs="state"):
-    """Hand 11 numbers, then, unless there are images, 10 for each entity of the task with most."""
+    """Hand 6 numbers, then, unless there are images, 6 for each entity of the task with most."""
     most = max(len(entities) for _, _, entities in read_suite(suite)[2])
-    return 11 + 10 * most * (obs == "state")
+    return 6 + 6 * most * (obs == "state")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -146,20 +146,28 @@ def osc_pose():
     return torques
 
 
-def rot6(rot):
-    """First two columns of a rotation: continuous. A quaternion would change its sign between
-    episodes, because the hand points down, half a turn from the identity."""
-    return rot[:, :2].T.ravel()
+def heading(name, rot, hand_rot):
+    """Where the fingers should close on an object, seen from the hand: (cos 2a, sin 2a).
+
+    Half a turn gives the same grasp, so the angle is doubled. Round objects have no such axis, and
+    zeros here: to a clone of six demos their rotation would only tell the demos apart.
+    """
+    axis = next((axis for start, (_, axis) in GRASPS.items() if name.startswith(start)), None)
+    if axis is None:
+        return 0.0, 0.0
+    x, y, _ = hand_rot.T @ rot[:, axis]
+    return x * x - y * y, 2 * x * y
 
 
 class LiberoSim:
     """One LIBERO task, without robosuite's observation and rendering machinery.
 
-    observe()["state"], float32: hand position 3, hand rot6, finger joints 2. With obs="state" then
+    observe()["state"], float32: hand position 3 and yaw 1, finger joints 2. With obs="state" then
     for each thing that the goals name position minus hand 3 (offsets generalise over the table),
-    rot6, drawer or knob opening 1, and zeros up to state_dim, so that one policy fits all tasks of
-    a suite. Other objects are not shown: to six demos their poses are noise. With obs="rgb" instead
-    ["rgb"], (2, 3, size, size) uint8: agent and wrist camera. gl: "egl" or "osmesa" to draw.
+    `heading` 2, drawer or knob opening 1, and zeros up to state_dim, so that one policy fits all
+    tasks of a suite. What a few demos do not need would only mislead their clone: other objects,
+    full rotations. With obs="rgb" instead ["rgb"], (2, 3, size, size) uint8: agent and wrist
+    camera. gl: "egl" or "osmesa" to draw.
     """
 
     def __init__(self, suite, task, obs="state", state_dim=None, gl=None, size=128):
@@ -289,11 +297,12 @@ class LiberoSim:
 
     def observe(self):
         hand, rot = self.hand
-        parts = [hand, rot6(rot), self.data.qpos[self.finger]]
+        parts = [hand, rot[1:2, 1], self.data.qpos[self.finger]]
         if self.obs == "rgb":
             return {"state": np.concatenate(parts).astype(np.float32), "rgb": self.camera.look()}
-        for pos, rot, opening in map(self.pose, self.entities):
-            parts += [pos - hand, rot6(rot), [opening]]
+        for name in self.entities:
+            pos, turned, opening = self.pose(name)
+            parts += [pos - hand, heading(name, turned, rot), [opening]]
         values = np.concatenate(parts)[:self.state_dim]
         return {"state": np.pad(values, (0, self.state_dim - len(values))).astype(np.float32)}
 
