@@ -282,6 +282,8 @@ class ChunkEnv(gym.Env):
         self.obs = observation_space.sample()  # shown while there is no episode to play
 
     def reset(self, *, seed=None, options=None):
+        if seed is None:  # no episode to play yet
+            return self.obs, {}
         if self.sim is None:
             torch.set_num_threads(1)
             self.sim = self.make_sim()
@@ -305,8 +307,11 @@ class ChunkEnv(gym.Env):
 
 def worker_envs(make_env, num_envs):
     """num_envs simulators in a process each: a gymnasium VectorEnv for `play`."""
-    return gym.vector.AsyncVectorEnv([make_env] * num_envs, context="spawn",
+    # gymnasium 1.4 reads texts from its shared memory once, before any was written: go without
+    envs = gym.vector.AsyncVectorEnv([make_env] * num_envs, context="spawn", shared_memory=False,
                                      autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    envs.reset()  # every worker has something to show
+    return envs
 
 
 # ------------------------------------------------------------------------------------------------

@@ -549,8 +549,8 @@ def expert(skill, proprio, to_object, to_goal):
         carry, rest = to_goal, to_goal - to_object  # rest: what the object has still to go
         arrived = np.zeros_like(held)
         if skill == "place":
-            over = flat(rest) < 0.006
-            arrived = over & (np.abs(rest[:, 2:]) < 0.006)
+            over = flat(rest) < 0.012
+            arrived = over & (np.abs(rest[:, 2:]) < 0.008)
             low = rest[:, 2:] > -0.04
             carry = np.where(over, rest, np.where(low & (flat(rest) > 0.03), 0.1 * up,
                                                   rest + 0.06 * up))
@@ -652,12 +652,16 @@ def state_size(task, obs):
 
 
 def make_envs(args, demo_noise=None, film=None):
-    """Worker processes on the CPU, or one process with many simulators on the GPU."""
+    """Worker processes on the CPU, or one process with many simulators on the GPU.
+
+    Demos, played with demo_noise, may take twice as long.
+    """
+    max_steps = args.max_steps * (2 if demo_noise else 1)
     kinds = dict(task=args.task, obs=args.obs, renderer=args.renderer)
     if args.backend == "physx_cuda":
         make_sim = functools.partial(ManiSkillSim, num_envs=args.num_envs, backend=args.backend,
                                      **kinds)
-        return CudaEnvs(make_sim, args.num_envs, args.max_steps, demo_noise)
+        return CudaEnvs(make_sim, args.num_envs, max_steps, demo_noise)
     box = gym.spaces.Box
     space = {"state": box(-np.inf, np.inf, (state_size(args.task, args.obs),))}
     if args.obs == "rgb":
@@ -669,7 +673,7 @@ def make_envs(args, demo_noise=None, film=None):
     make_sim = functools.partial(OneSim, demo_noise=demo_noise, **kinds,
                                  film=film and (film, args.max_steps))
     make = functools.partial(TaskEnv, make_sim, gym.spaces.Dict(space), ACTION_DIM,
-                             args.max_steps, args.horizon)
+                             max_steps, args.horizon)
     return nft.worker_envs(make, args.num_envs)
 
 
