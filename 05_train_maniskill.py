@@ -869,9 +869,11 @@ def pretrain(args, out, device):
         policy, _ = flow.load_policy(args.sft, device)
     else:
         torch.manual_seed(args.seed)
-        policy = flow.FlowPolicy(args.horizon, ACTION_DIM, width=256, cameras=args.obs == "rgb",
+        language = args.task == "PutOnPad-v1"
+        policy = flow.FlowPolicy(args.horizon, ACTION_DIM, width=256, language=language,
                                  state_dim=state_size(args.task, args.obs),
-                                 language=args.task == "PutOnPad-v1").to(device)
+                                 cameras=int(args.obs == "rgb"),
+                                 slots=9 * (language and args.obs == "state")).to(device)
         loss = flow.train_sft(policy, *collect_demos(args), args.sft_steps)
         print(f"SFT: flow matching loss {loss:.3f}")
     nft.save(out / "sft.pt", policy)
@@ -912,8 +914,7 @@ def train(args, envs, out, device):
     critic = None
     if args.algo == "ppo":
         torch.manual_seed(args.seed)
-        critic = Critic(state_size(args.task, args.obs) + 128 * (args.obs == "rgb")
-                        + 64 * (args.task == "PutOnPad-v1")).to(device)
+        critic = Critic(policy.context_dim).to(device)
         optimizer.add_param_group({"params": critic.parameters(), "lr": CRITIC_LR})
     validation = VALIDATION, args.eval_episodes
     state = {"iteration": 0, "env_steps": 0, "best_rate": -1.0}
