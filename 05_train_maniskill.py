@@ -118,7 +118,7 @@ def register_put_on_pad():
         @property
         def _default_sensor_configs(self):
             pose = sapien_utils.look_at(eye=[0.35, 0, 0.5], target=[-0.05, 0, 0.05])
-            return [CameraConfig("base_camera", pose, 128, 128, np.pi / 2, 0.01, 100)]
+            return [CameraConfig("base_camera", pose, 128, 128, 1.0, 0.01, 100)]
 
         def _load_agent(self, options):
             super()._load_agent(options, sapien.Pose([-0.615, 0, 0]))
@@ -128,7 +128,7 @@ def register_put_on_pad():
             self.table_scene.build()
             n, self.things, self.pads = self.num_envs, [], []
             for name, colour in COLOURS.items():
-                parked = dict(color=colour, initial_pose=sapien.Pose([-0.6, 1, 0.1]))
+                parked = dict(color=colour, initial_pose=sapien.Pose([-0.65, 1, 0.1]))
                 self.things += [
                     actors.build_cube(self.scene, self.half, name=f"{name} cube", **parked),
                     actors.build_cylinder(self.scene, self.half, self.half,
@@ -154,7 +154,7 @@ def register_put_on_pad():
                         6 + pad, *(6 + p for p in pads[:self.distractors[1]])]
                 cells = torch.randperm(8)[:len(used)]
                 xy = torch.stack([cells % 2 - 0.5, cells // 2 - 1.5], 1) * 0.12 * self.spread
-                poses[row, :, 0], poses[row, :, 1] = -0.6, 0.6 + 0.06 * torch.arange(9)
+                poses[row, :, 0], poses[row, :, 1] = -0.65, 0.7 + 0.06 * torch.arange(9)
                 poses[row, used, :2] = xy + 0.04 * torch.rand(len(used), 2) - 0.02
                 self.target[i], self.goal[i] = thing, 6 + pad
                 self.shown[i] = False
@@ -292,7 +292,9 @@ class ManiSkillSim:
                             render_backend=renderer or "none", sensor_configs=camera,
                             control_mode="pd_ee_delta_pos").unwrapped
         self.num_envs, self.seeds = num_envs, np.zeros(num_envs, np.int64)
-        self.env._hidden_objects = []  # a goal that nobody sees cannot be reached
+        for goal in self.env._hidden_objects if obs == "rgb" else []:
+            goal.show_visual()  # a goal that nobody sees cannot be reached
+        self.env._hidden_objects = []
         self.initialize = self.env._initialize_episode
         if num_envs > 1:
             self.env._initialize_episode = self.initialize_each
