@@ -19,7 +19,8 @@ Run:     python 05_train_maniskill.py                       (about 5 minutes on 
          python 05_train_maniskill.py --task PutOnPad-v1 --eval-ood
          python 05_train_maniskill.py --eval-only runs/05_train_maniskill/best.pt
 Prints:  success of SFT and of every evaluation with its 95 % interval, then RESULT.
-Saves:   runs/05_train_maniskill/{sft.pt, last.pt, best.pt, log.csv, test.csv, learning.png, videos/}
+Saves:   runs/05_train_maniskill/{sft.pt, last.pt, best.pt, log.csv, test.csv, learning.png,
+         videos/}
 """
 
 import argparse
@@ -61,18 +62,16 @@ REACH = 0.1  # metres that an action of 1 asks for (pd_ee_delta_pos)
 
 # objects(env) -> actors;  goals(env) -> positions (n, 3) where an object's centre should come;
 # skill: which scripted controller;  max_steps: what it needs and half as much again.
-Task = namedtuple("Task", "instruction objects goals skill max_steps")
+Task = namedtuple("Task", "objects goals skill max_steps")
 TASKS = {
-    "PickCube-v1": Task("pick up the red cube and hold it at the green goal", lambda env: [env.cube],
-                        lambda env: [env.goal_site.pose.p], "hold", 24),
-    "PushCube-v1": Task("push the blue cube to the target", lambda env: [env.obj],
-                        lambda env: [env.goal_region.pose.p], "push", 30),
-    "StackCube-v1": Task("stack the red cube on the green cube", lambda env: [env.cubeA],
-                         lambda env: [raised(env.cubeB.pose.p, 0.04)], "place", 40),
-    "PlaceSphere-v1": Task("place the ball in the bin", lambda env: [env.obj],
-                           lambda env: [raised(env.bin.pose.p, 0.0225)], "place", 40),
-    "PutOnPad-v1": Task("(one for each episode)", lambda env: env.things,
-                        lambda env: list(env.pad_places.unbind(1)), "place", 40),
+    "PickCube-v1": Task(lambda env: [env.cube], lambda env: [env.goal_site.pose.p], "hold", 24),
+    "PushCube-v1": Task(lambda env: [env.obj], lambda env: [env.goal_region.pose.p], "push", 24),
+    "StackCube-v1": Task(lambda env: [env.cubeA], lambda env: [raised(env.cubeB.pose.p, 0.04)],
+                         "place", 40),
+    "PlaceSphere-v1": Task(lambda env: [env.obj], lambda env: [raised(env.bin.pose.p, 0.0225)],
+                           "place", 40),
+    "PutOnPad-v1": Task(lambda env: env.things, lambda env: list(env.pad_places.unbind(1)),
+                        "place", 40),
 }
 # PutOnPad-v1, ours: an instruction names one of six things and one of three pads.
 COLOURS = {"red": (0.9, 0.1, 0.1, 1), "green": (0.1, 0.7, 0.1, 1), "blue": (0.1, 0.2, 0.9, 1)}
@@ -177,6 +176,7 @@ def register_put_on_pad():
             success = self.agent.robot.get_qpos()[:, -2:].sum(1) > 3 * self.half  # let go
             if success.any():
                 every = torch.arange(self.num_envs)
+
                 def of_target(values):
                     return torch.stack(values, 1)[every, self.target]
                 away = (of_target([t.pose.p for t in self.things])
@@ -223,29 +223,35 @@ def find_renderer():
     Without a GPU a software driver does: SwiftShader, which Debian ships with chromium.
     """
     software = "/usr/lib/chromium/vk_swiftshader_icd.json"
+    attempts = [{}]
     if "VK_ICD_FILENAMES" not in os.environ and Path(software).exists():
-        attempts = [{}, {"VK_ICD_FILENAMES": software}]
-    else:
-        attempts = [{}]
+        attempts.append({"VK_ICD_FILENAMES": software})
     for extra in attempts:
         for name in ("cuda", "pci:0"):
-            found = subprocess.run(
-                [sys.executable, "-c", f"import sapien; sapien.Device('{name}').can_render() or 1/0"],
-                env={**os.environ, **extra}, capture_output=True)
+            attempt = f"import sapien; assert sapien.Device('{name}').can_render()"
+            found = subprocess.run([sys.executable, "-c", attempt], capture_output=True,
+                                   env={**os.environ, **extra})
             if found.returncode == 0:
                 os.environ.update(extra)  # the workers inherit it
                 return name
-    raise SystemExit(f"--obs rgb and --video need a Vulkan driver: `apt-get install chromium-common` "
-                     f"brings one in software (VK_ICD_FILENAMES={software}); or use --obs state")
+    raise SystemExit("--obs rgb and --video need a Vulkan driver: `apt-get install chromium-common`"
+                     f" brings one in software (VK_ICD_FILENAMES={software}); or use --obs state")
 
 
+@functools.cache
 def draw_with(name):
     """ManiSkill takes the colon of "pci:0" for its own: hand it the device itself."""
     import sapien
     from mani_skill.envs import sapien_env
     parse = sapien_env.parse_sim_and_render_backend
-    sapien_env.parse_sim_and_render_backend = lambda sim, _: dataclasses.replace(
-        parse(sim, "none"), render_device=sapien.Device(name), render_backend=name)
+
+    def parse_both(sim, render):
+        if render != name:
+            return parse(sim, render)
+        return dataclasses.replace(parse(sim, "none"), render_device=sapien.Device(name),
+                                   render_backend=name)
+
+    sapien_env.parse_sim_and_render_backend = parse_both
 
 
 def check_task(task):
@@ -277,7 +283,7 @@ class ManiSkillSim:
     """
 
     def __init__(self, task, num_envs=1, backend="physx_cpu", obs="state", renderer=None,
-                 changes=(), size=128):
+                 changes=()):
         warnings.filterwarnings("ignore")
         import mani_skill.envs  # noqa: F401
         register_put_on_pad()
@@ -286,10 +292,9 @@ class ManiSkillSim:
         physics_only()
         if renderer:
             draw_with(renderer)
-        camera = dict(width=size, height=size)
         self.env = gym.make(task, num_envs=num_envs, sim_backend=backend, reward_mode="none",
                             obs_mode="rgb" if renderer else "none", robot_uids="panda",
-                            render_backend=renderer or "none", sensor_configs=camera,
+                            render_backend=renderer or "none",
                             control_mode="pd_ee_delta_pos").unwrapped
         self.num_envs, self.seeds = num_envs, np.zeros(num_envs, np.int64)
         for goal in self.env._hidden_objects if obs == "rgb" else []:
@@ -340,7 +345,8 @@ class ManiSkillSim:
         table = [(env.table_scene.table, self.changes.get("table"))]
         for actor, colour in table + [(a, None) for a in self.task.objects(env)]:
             body = actor._objs[0].find_component_by_type(sapien.render.RenderBodyComponent)
-            for part in (p for shape in body.render_shapes for p in getattr(shape, "parts", [shape])):
+            shapes = body.render_shapes
+            for part in (p for shape in shapes for p in getattr(shape, "parts", [shape])):
                 if colour is not None:
                     part.material.set_base_color_texture(None)
                     part.material.set_base_color([*colour, 1])
@@ -571,7 +577,7 @@ class OneSim:
 
     def __init__(self, task, demo_noise=None, film=None, **kinds):
         self.task, self.demo_noise, self.film = task, demo_noise, film
-        self.sim = ManiSkillSim(task, size=256 if film and kinds["obs"] == "state" else 128, **kinds)
+        self.sim = ManiSkillSim(task, **kinds)
 
     def reset(self, seed):
         self.sim.reset([seed], [0])
@@ -726,11 +732,13 @@ def test_expert(args):
 # Out of distribution: the paper's three axes. Nothing here is ever trained or validated on.
 
 # What a policy sees of the poses, and of the images
-STATE_VISION = [("pose noise 5 mm", {"pose_noise": 0.005}), ("pose noise 10 mm", {"pose_noise": 0.01}),
+STATE_VISION = [("pose noise 5 mm", {"pose_noise": 0.005}),
+                ("pose noise 10 mm", {"pose_noise": 0.01}),
                 ("pose bias 5 mm", {"pose_bias": 0.005}), ("pose bias 10 mm", {"pose_bias": 0.01})]
 RGB_VISION = [("table colour", {"table": (0.15, 0.3, 0.2)}), ("object shades", {"tint": 0.35}),
               ("dim light", {"light": 0.4}), ("camera moved 5 cm", {"camera": (0.03, 0.03, 0.03)}),
-              ("image noise 0.05", {"image_noise": 0.05}), ("image noise 0.15", {"image_noise": 0.15})]
+              ("image noise 0.05", {"image_noise": 0.05}),
+              ("image noise 0.15", {"image_noise": 0.15})]
 SEMANTIC = [("held-out combinations", {"combinations": HELD_OUT}),
             ("paraphrase", {"sentence": "move the {thing} onto the {pad} pad"}),
             ("pad named first", {"sentence": "on the {pad} pad, put the {thing}"}),
@@ -753,7 +761,7 @@ def variants(args):
 
 
 def evaluate_ood(policies, args, envs):
-    """Every policy on every variant, the same seeds each time -> ood.csv and a table of axes."""
+    """Every policy on every variant, the same seeds each time -> test.csv and a table of axes."""
     rates = {name: {} for name in policies}
     for axis, variant, changes in variants(args):
         envs.call("change", changes)
@@ -801,15 +809,14 @@ def gae(values, success, episode, gamma=0.99, lam=0.95):
     values (rows,), success (episodes,), episode (rows,). The reward is 1 at the end of a success;
     rows of an episode are in the order of time, and nothing is worth anything after its last.
     """
-    advantages = torch.zeros_like(values)
-    for e in range(len(success)):
-        rows, running, following = torch.where(episode == e)[0].tolist(), 0.0, 0.0
-        reward = float(success[e])
-        for row in reversed(rows):
-            # delta = r + gamma V(next) - V          A = delta + gamma lambda A(next)
-            delta = reward + gamma * following - values[row]
-            running = delta + gamma * lam * running
-            advantages[row], following, reward = running, values[row], 0.0
+    advantages, V, running, following = [], values.tolist(), {}, {}
+    for row, e in reversed(list(enumerate(episode.tolist()))):
+        reward = float(success[e]) if e not in running else 0.0  # its last chunk comes first here
+        # delta = r + gamma V(next) - V          A = delta + gamma lambda A(next)
+        delta = reward + gamma * following.get(e, 0) - V[row]
+        running[e], following[e] = delta + gamma * lam * running.get(e, 0), V[row]
+        advantages.append(running[e])
+    advantages = values.new_tensor(advantages[::-1])
     return advantages, advantages + values
 
 
