@@ -665,8 +665,9 @@ def make_envs(args, demo_noise=None, film=None):
     Demos, played with demo_noise, may take twice as long.
     """
     max_steps = args.max_steps * (2 if demo_noise else 1)
-    kinds = dict(task=args.task, obs=args.obs, renderer=args.renderer)
-    if args.backend == "physx_cuda":
+    drawn = film or args.obs == "rgb"
+    kinds = dict(task=args.task, obs=args.obs, renderer=args.renderer if drawn else None)
+    if args.backend == "physx_cuda" and not film:
         make_sim = functools.partial(ManiSkillSim, num_envs=args.num_envs, backend=args.backend,
                                      **kinds)
         return CudaEnvs(make_sim, args.num_envs, max_steps, demo_noise)
@@ -712,6 +713,7 @@ def collect_demos(args):
 
 def test_expert(args):
     """--expert-only: the scripted controller, without noise, on every task or on --task."""
+    rates, start = [], time.time()
     for task in TASKS if args.task == "all" else [args.task]:
         args.task, args.max_steps = task, TASKS[task].max_steps
         envs, seeds = make_envs(args, demo_noise=0), range(TEST, TEST + args.test_episodes)
@@ -719,13 +721,16 @@ def test_expert(args):
             envs.call("change", changes)
             success, rows = flow.play(follow, envs, seeds, task)
             (low, high), steps = flow.wilson(success), torch.bincount(rows["episode"]).numpy()
-            print(f"{task} {variant}: {success.mean():.2f} [{low:.2f}, {high:.2f}], "
+            print(f"{task}{variant and ', ' + variant}: {success.mean():.2f} [{low:.2f}, {high:.2f}], "
                   f"{steps[success].mean():.0f} steps", flush=True)
             nft.log_row(Path(args.out) / "experts.csv", {
                 "task": task, "axis": axis, "variant": variant, "episodes": len(success),
                 "success": success.mean(), "low": low, "high": high,
                 "mean_steps": steps[success].mean(), "max_steps": args.max_steps})
+            rates.append(success.mean())
         envs.close()
+    print(f"RESULT rows={len(rates)} worst={min(rates):.3f} episodes={args.test_episodes} "
+          f"seconds={time.time() - start:.0f}")
 
 
 # ------------------------------------------------------------------------------------------------
