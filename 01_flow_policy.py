@@ -50,17 +50,19 @@ class FlowPolicy(nn.Module):
         rgb          (B, cameras, 3, height, width) uint8
         instruction  list of B sentences  read as bytes, so unseen words are no error
     `cameras` and `language` say which encoders to build, `backbone` names a torchvision ResNet for
-    the images. Actions are normalised per dimension with the statistics of the demonstrations,
-    which are part of the checkpoint.
+    the images. The last 3 * `slots` numbers of the state are positions (m) of things that the
+    instruction may name; it decides which are looked at. Actions are normalised per dimension with
+    the statistics of the demonstrations, which are part of the checkpoint.
     """
 
     def __init__(self, horizon, action_dim, state_dim=0, cameras=0, language=False, width=128,
-                 depth=3, backbone=None):
+                 depth=3, backbone=None, slots=0):
         super().__init__()
         # what rebuilds this policy; part of the checkpoint
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.horizon, self.action_dim = horizon, action_dim
-        self.state_dim, self.cameras, self.language = state_dim, cameras, language
+        self.state_dim, self.cameras = state_dim, cameras
+        self.language, self.slots = language, slots
         for name, size in (("state", state_dim), ("action", action_dim)):
             self.register_buffer(f"{name}_centre", torch.zeros(size))
             self.register_buffer(f"{name}_scale", torch.ones(size))
@@ -69,7 +71,10 @@ class FlowPolicy(nn.Module):
         if language:  # bytes -> vectors, a convolution that sees five letters at a time, maximum
             self.letters = nn.Embedding(256, 32)
             self.words = nn.Conv1d(32, 64, 5, padding=2)
-        context = state_dim + 128 * cameras + 64 * language
+        if slots:  # four glances, each a softmax over the slots that the sentence decides
+            self.glance = nn.Linear(64, 4 * slots)
+        self.context_dim = context = (state_dim - 3 * slots + 12 * (slots > 0) + 128 * cameras
+                                      + 64 * language)
         sizes = [horizon * action_dim + 8 + context] + [width] * depth
         layers = [m for i, o in zip(sizes, sizes[1:]) for m in (nn.Linear(i, o), nn.SiLU())]
         self.head = nn.Sequential(*layers, nn.Linear(width, horizon * action_dim))
@@ -79,6 +84,7 @@ class FlowPolicy(nn.Module):
         parts = []
         if self.state_dim:
             state = (obs["state"] - self.state_centre) / self.state_scale           # (B, S)
+            state = state[:, :self.state_dim - 3 * self.slots]
             parts.append(state.clamp(-5, 5))  # a robot that bumps can be 100 stds away
         if self.cameras:
             images = obs["rgb"].flatten(0, 1).float() / 255 - 0.5               # (B*cameras, 3, ..)
@@ -87,7 +93,12 @@ class FlowPolicy(nn.Module):
                 maps = self.eye(images)                                 # (B*cameras, 64, h, w)
             parts.append(looks_at(maps.float()).view(-1, 128 * self.cameras))
         if self.language:
-            parts.append(self.read(obs["instruction"]))                         # (B, 64)
+            text = self.read(obs["instruction"])                                # (B, 64)
+            parts.append(text)
+        if self.slots:
+            weights = self.glance(text).view(-1, 4, self.slots).softmax(-1)
+            places = obs["state"][:, -3 * self.slots:].view(-1, self.slots, 3)
+            parts.append(10 * (weights @ places).flatten(1))         # (B, 12), decimetres: order 1
         return torch.cat(parts, dim=-1)
 
     def read(self, sentences):

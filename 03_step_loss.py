@@ -286,6 +286,8 @@ class ChunkEnv(gym.Env):
         self.obs = observation_space.sample()  # shown while there is no episode to play
 
     def reset(self, *, seed=None, options=None):
+        if seed is None:  # no episode to play yet
+            return self.obs, {}
         if self.sim is None:
             torch.set_num_threads(1)
             self.sim = self.make_sim()
@@ -309,8 +311,11 @@ class ChunkEnv(gym.Env):
 
 def worker_envs(make_env, num_envs):
     """num_envs simulators in a process each: a gymnasium VectorEnv for `play`."""
-    return gym.vector.AsyncVectorEnv([make_env] * num_envs, context="spawn",
+    # gymnasium 1.4 reads texts from its shared memory once, before any was written: go without
+    envs = gym.vector.AsyncVectorEnv([make_env] * num_envs, context="spawn", shared_memory=False,
                                      autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    envs.reset()  # every worker has something to show
+    return envs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -459,7 +464,7 @@ def check_run(args, wanted):
 
     wanted: what a loaded policy must have been built with, {config entry: (flag, value)}.
     """
-    out, fresh = Path(args.out), not (args.resume or args.eval_only)
+    out, fresh, sft = Path(args.out), not (args.resume or args.eval_only), vars(args).get("sft")
     if args.num_demos < 1 and fresh:
         raise SystemExit("--num-demos 0: SFT needs at least one demonstration")
     if args.num_demos > 1000 or not 0 <= args.seed <= 7:
@@ -469,11 +474,13 @@ def check_run(args, wanted):
         raise SystemExit("--episodes, --eval-episodes, --num-envs, --horizon: give at least 1")
     if args.eval_only and not Path(args.eval_only).exists():
         raise SystemExit(f"--eval-only {args.eval_only}: no such file; train first")
+    if sft and not Path(sft).exists():
+        raise SystemExit(f"--sft {sft}: no such file; a run writes sft.pt into its --out")
     if args.resume and not (out / "last.pt").exists():
         raise SystemExit(f"--resume: {out}/last.pt is missing; start without --resume")
     if fresh and (out / "log.csv").exists():
         raise SystemExit(f"--out {out} holds a run: --resume continues it, another --out keeps it")
-    for path in filter(None, [args.eval_only, args.resume and out / "last.pt"]):
+    for path in filter(None, [args.eval_only, args.resume and out / "last.pt", sft]):
         config = torch.load(path, map_location="cpu", weights_only=False)["config"]
         for name, (flag, value) in wanted.items():
             if config.get(name, value) != value:
