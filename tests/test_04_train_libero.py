@@ -254,7 +254,7 @@ def test_rgb_sft_beats_a_policy_that_sees_nothing(gl):
     losses = []
     for seen in (obs, {k: torch.zeros_like(v) for k, v in obs.items()}):
         torch.manual_seed(0)
-        policy = libero.flow.FlowPolicy(4, 7, state_dim=11, cameras=2)
+        policy = libero.flow.FlowPolicy(4, 7, state_dim=6, cameras=2)
         train, held_out = ({k: v[part] for k, v in seen.items()}
                            for part in (slice(0, last), slice(last, None)))
         libero.flow.train_sft(policy, train, chunks[:last], 200, batch_size=64)
