@@ -150,7 +150,7 @@ def heading(name, rot, hand_rot):
     """Where the fingers should close on an object, seen from the hand: (cos 2a, sin 2a).
 
     Half a turn gives the same grasp, so the angle is doubled. Round objects have no such axis, and
-    zeros here: to a clone of six demos their rotation would only tell the demos apart.
+    zeros here: to the clone of a few demos their rotation would only tell the demos apart.
     """
     axis = next((axis for start, (_, axis) in GRASPS.items() if name.startswith(start)), None)
     if axis is None:
@@ -810,8 +810,8 @@ def parse_args():
         help="further suites for the final test; _swap _object _lan _task are LIBERO-PRO's "
              "variants of --suite")
     add("--video", type=int, default=0, metavar="N", help="film N test episodes as mp4")
-    nft.add_run_flags(parser, num_demos=6, demo_noise=0.5, sft_steps=2000, iterations=45,
-                      horizon=8, lr=1e-4, eval_episodes=100, out="runs/04_train_libero",
+    nft.add_run_flags(parser, num_demos=3, demo_noise=0.5, sft_steps=2000, iterations=45,
+                      horizon=8, lr=2e-4, eval_episodes=100, out="runs/04_train_libero",
                       num_envs=4 * len(os.sched_getaffinity(0)))
     nft.add_method_flags(parser, transitions="all", labels="grouped", noise_level=0.5,
                          ema=[0.1, 0.5])

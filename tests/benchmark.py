@@ -168,7 +168,8 @@ def compare_updates(chunks=2048, minibatch=512, repeats=15):
         steps = chunks // minibatch
         passes = {n: calls.count(n) / steps for n in ("velocity", "forward")}
         print(f"  {name}: {1000 * cost[name][0]:.0f} ms, peak {cost[name][1]:.1f} MiB, "
-              f"passes per optimisation step: policy {passes['velocity']:g}, critic {passes['forward']:g}")
+              f"passes per optimisation step: policy {passes['velocity']:g}, "
+              f"critic {passes['forward']:g}")
     time_ratio, memory_ratio = (a / b for a, b in zip(cost["pi-StepNFT"], cost["PPO"]))
     return f"stepnft_over_ppo_time={time_ratio:.2f} stepnft_over_ppo_memory={memory_ratio:.2f}"
 
