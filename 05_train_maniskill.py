@@ -721,7 +721,8 @@ def test_expert(args):
             envs.call("change", changes)
             success, rows = flow.play(follow, envs, seeds, task)
             (low, high), steps = flow.wilson(success), torch.bincount(rows["episode"]).numpy()
-            print(f"{task} {variant}: {success.mean():.2f} [{low:.2f}, {high:.2f}], "
+            name = f"{task} {variant}".strip()
+            print(f"{name}: {success.mean():.2f} [{low:.2f}, {high:.2f}], "
                   f"{steps[success].mean():.0f} steps", flush=True)
             nft.log_row(Path(args.out) / "experts.csv", {
                 "task": task, "axis": axis, "variant": variant, "episodes": len(success),
