@@ -318,6 +318,26 @@ def worker_envs(make_env, num_envs):
     return envs
 
 
+def follow(obs):
+    """The scripted expert's action, which the observation holds, as a chunk of one."""
+    return obs["action"][:, None].numpy(), {}
+
+
+def expert_demos(args, envs, seeds):
+    """Plays the expert and keeps the successes -> (obs of N rows, chunks (N, H, A))."""
+    success, rows = flow.play(follow, envs, seeds, "demos")
+    envs.close()
+    if not success.any():
+        raise SystemExit(f"--demo-noise {args.demo_noise}, --max-steps {args.max_steps}: no demo "
+                         f"succeeded; use less noise or more steps")
+    kept = [torch.where(rows["episode"] == e)[0] for e in np.flatnonzero(success)]
+    actions = rows["obs"].pop("action")
+    chunks = torch.cat([flow.sliding_chunks(actions[k], args.horizon) for k in kept])
+    print(f"{len(kept)} of {len(seeds)} demos succeeded: {len(chunks)} chunks of {args.horizon} "
+          f"actions", flush=True)
+    return flow.take(rows["obs"], torch.cat(kept)), chunks
+
+
 # ------------------------------------------------------------------------------------------------
 # Data parallel: `torchrun --nproc-per-node=N` starts N ranks. Each plays its share of the episodes;
 # a minibatch is drawn from the rows of all, and gradients add up to those of the joined batch.

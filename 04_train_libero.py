@@ -18,7 +18,7 @@ mean); noise 0.5, because most of it is contracted away before it reaches the ar
 exploration_width); positions are seen from the hand. Left out: the vision-language backbone; a
 pretrained ResNet for the images is an option (--backbone).
 
-Run:     python 04_train_libero.py                   (task 0 in about an hour on two CPU cores)
+Run:     python 04_train_libero.py      (task 0; 12 of its 45 iterations took 20 minutes on two cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/best.pt --video 4
          torchrun --nproc-per-node=8 04_train_libero.py --obs rgb --tasks all --episodes 512
 Prints:  success of SFT and of every evaluation with its 95 % interval, then RESULT.
@@ -52,6 +52,7 @@ nft = importlib.import_module("03_step_loss")
 #   play(act, envs, seeds) -> (success, rows);  wilson(success) -> 95 % interval;  load_policy.
 # Borrowed from 03: rollout -> (success, batch);  labels -> y;  update -> info;  ema_decay,
 #   ema_update;  evaluate -> success, ODE;  ChunkEnv, worker_envs: simulators in processes;
+#   follow, expert_demos -> (obs, chunks) of the scripted expert's successes;
 #   share, gather: torchrun's ranks;  add_run_flags, add_method_flags, check_run: flags;
 #   save, save_run, load_run: checkpoints;  report, log_row, draw_run: logs.
 
@@ -548,16 +549,11 @@ def make_envs(args, suite=None, demos=False, film=None):
     return nft.worker_envs(make, args.num_envs)
 
 
-def follow(obs):
-    """The expert's action as a chunk of one."""
-    return obs["action"][:, None].numpy(), {}
-
-
 def test_expert(args):
     """--expert-only: the scripted controller, without noise, on the official initial states."""
     args.demo_noise, envs = 0, make_envs(args, demos=True)
     seeds = [TASK * task + i for task in args.tasks for i in range(OFFICIAL)]
-    success, rows = flow.play(follow, envs, seeds, "expert")
+    success, rows = flow.play(nft.follow, envs, seeds, "expert")
     envs.close()
     steps = torch.bincount(rows["episode"]).numpy()
     for task, won, taken in zip(args.tasks, success.reshape(-1, OFFICIAL),
@@ -574,21 +570,10 @@ def test_expert(args):
 
 
 def collect_demos(args):
-    """Plays the expert and keeps the successes -> (obs of N rows, chunks (N, H, 7))."""
-    envs = make_envs(args, demos=True)
+    """--demos scripted -> (obs of N rows, chunks (N, H, 7))."""
     first = DEMOS + args.seed * 1000
     seeds = [TASK * task + first + i for i in range(args.num_demos) for task in args.tasks]
-    success, rows = flow.play(follow, envs, seeds, "demos")
-    envs.close()
-    if not success.any():
-        raise SystemExit(f"--demo-noise {args.demo_noise}, --max-steps {args.max_steps}: no demo "
-                         f"succeeded; use less noise or more steps")
-    kept = [torch.where(rows["episode"] == e)[0] for e in np.flatnonzero(success)]
-    actions = rows["obs"].pop("action")
-    chunks = torch.cat([flow.sliding_chunks(actions[k], args.horizon) for k in kept])
-    print(f"{len(kept)} of {len(seeds)} demos succeeded: {len(chunks)} chunks of {args.horizon} "
-          f"actions", flush=True)
-    return flow.take(rows["obs"], torch.cat(kept)), chunks
+    return nft.expert_demos(args, make_envs(args, demos=True), seeds)
 
 
 class ImagesOnDisk:

@@ -48,13 +48,14 @@ nft = importlib.import_module("03_step_loss")
 # Borrowed from 02: transition(x_t, v, t_cur, t_next, sigma) -> (mean, std).
 # Borrowed from 03: rollout -> (success, batch);  labels -> y;  update -> info;  ema_decay,
 #   ema_update;  ChunkEnv, worker_envs: simulators in processes;  share, gather: torchrun's ranks;
+#   follow, expert_demos -> (obs, chunks) of the scripted expert's successes;
 #   add_run_flags, add_method_flags, check_run;  save_run, load_run;  report, log_row, draw_run.
 
 # Disjoint episodes: demos 0.., validation, test and OOD on their own ranges, training above them.
 VALIDATION, TEST, OOD, TRAIN = 1_000_000, 1_500_000, 1_700_000, 2_000_000
 
 ACTION_DIM, PROPRIO = 4, 5
-CRITIC_LR = 1e-3
+CRITIC_LR = 1e-3  # PPO's value network starts from nothing, the policy does not
 REACH = 0.1  # metres that an action of 1 asks for (pd_ee_delta_pos)
 
 # ------------------------------------------------------------------------------------------------
@@ -690,25 +691,11 @@ def make_envs(args, demo_noise=None, film=None):
 # Demonstrations
 
 
-def follow(obs):
-    """The expert's action as a chunk of one."""
-    return obs["action"][:, None].numpy(), {}
-
-
 def collect_demos(args):
-    """Plays the expert and keeps the successes -> (obs of N rows, chunks (N, H, 4))."""
-    envs, first = make_envs(args, demo_noise=args.demo_noise), args.seed * 1000
-    success, rows = flow.play(follow, envs, range(first, first + args.num_demos), "demos")
-    envs.close()
-    if not success.any():
-        raise SystemExit(f"--demo-noise {args.demo_noise}, --max-steps {args.max_steps}: no demo "
-                         f"succeeded; use less noise or more steps")
-    kept = [torch.where(rows["episode"] == e)[0] for e in np.flatnonzero(success)]
-    actions = rows["obs"].pop("action")
-    chunks = torch.cat([flow.sliding_chunks(actions[k], args.horizon) for k in kept])
-    print(f"{len(kept)} of {args.num_demos} demos succeeded: {len(chunks)} chunks of "
-          f"{args.horizon} actions", flush=True)
-    return flow.take(rows["obs"], torch.cat(kept)), chunks
+    """The expert's successes -> (obs of N rows, chunks (N, H, 4))."""
+    first = args.seed * 1000
+    return nft.expert_demos(args, make_envs(args, demo_noise=args.demo_noise),
+                            range(first, first + args.num_demos))
 
 
 def test_expert(args):
@@ -719,7 +706,7 @@ def test_expert(args):
         envs, seeds = make_envs(args, demo_noise=0), range(TEST, TEST + args.test_episodes)
         for axis, variant, changes in variants(args) if args.eval_ood else [("", "", {})]:
             envs.call("change", changes)
-            success, rows = flow.play(follow, envs, seeds, task)
+            success, rows = flow.play(nft.follow, envs, seeds, task)
             (low, high), steps = flow.wilson(success), torch.bincount(rows["episode"]).numpy()
             name = f"{task} {variant}".strip()
             print(f"{name}: {success.mean():.2f} [{low:.2f}, {high:.2f}], "
@@ -793,7 +780,7 @@ def log_test(args, policy, axis, variant, success):
 
 
 # ------------------------------------------------------------------------------------------------
-# The baselines: PPO with a critic (piRL's Flow-SDE), and GRPO, the same without one
+# The baselines: PPO with a critic (Flow-SDE: one noisy step), and GRPO, the same without one
 
 
 class Critic(torch.nn.Module):

@@ -51,12 +51,10 @@ def open_envs(name, num_envs, flags=()):
 def places(name, state):
     """Where the object and the goal are, from a start's state, which sees them from the hand."""
     script, hand = importlib.import_module(SCRIPTS[name]), state[:3]
-    if name == "libero":
-        return hand + state[11:14], hand + state[21:24]
-    if hasattr(script, "PROPRIO"):  # object - hand and goal - hand follow what the arm feels
-        first = script.PROPRIO
-        return hand + state[first:first + 3], hand + state[first + 3:first + 6]
-    return hand + state[4:7], hand + state[4:7] + state[7:10]  # cube - hand, goal - cube
+    if name == "libero":  # six numbers of the hand, six of the object, six of the goal
+        return hand + state[6:9], hand + state[12:15]
+    first = script.PROPRIO  # object - hand and goal - hand follow what the arm feels
+    return hand + state[first:first + 3], hand + state[first + 3:first + 6]
 
 
 def paths(policy, envs, seed, episodes, max_steps, noise_level=0, num_steps=4):
