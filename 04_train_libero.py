@@ -18,7 +18,7 @@ mean); noise 0.5, because most of it is contracted away before it reaches the ar
 exploration_width); positions are seen from the hand. Left out: the vision-language backbone; a
 pretrained ResNet for the images is an option (--backbone).
 
-Run:     python 04_train_libero.py      (task 0; 12 of its 45 iterations took 20 minutes on two cores)
+Run:     python 04_train_libero.py         (task 0; 12 of 45 iterations took 20 minutes, two cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/best.pt --video 4
          torchrun --nproc-per-node=8 04_train_libero.py --obs rgb --tasks all --episodes 512
 Prints:  success of SFT and of every evaluation with its 95 % interval, then RESULT.
