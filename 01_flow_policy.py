@@ -178,8 +178,8 @@ def looks_at(maps):
 def shift(images, pixels=4):
     """Images (B, cameras, 3, height, width) moved by up to 4 pixels, their edges repeated.
 
-    Random shifts (Yarats et al. 2021) keep a net that has seen a few dozen demos from learning
-    their pixels by heart.
+    Random shifts (Yarats et al. 2021) are meant to keep a net from learning a few demos' pixels by
+    heart. With 58 demos of 04 they made no difference that 64 episodes could show.
     """
     flat, (height, width) = images.flatten(0, 1), images.shape[-2:]
     device, n = images.device, len(flat)
