@@ -698,17 +698,23 @@ def compare(args):
     print(f"RESULT variants={len(summary)} runs={sum(1 for _ in read_rows(path))}")
 
 
+def half_interval(values):
+    """Half of the 95 % t-interval of a mean over seeds (up to ten)."""
+    if len(values) < 2:
+        return math.nan
+    t = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26][min(len(values), 10) - 2]
+    return t * np.std(values, ddof=1) / len(values) ** 0.5
+
+
 def summarise(rows):
     """csv rows -> per variant the mean over seeds and the half-width of its 95 % t-interval."""
-    t_quantile = [math.nan, math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
     summary = []
     for figure, variant, flags, paper in VARIANTS:
         runs = [r for r in rows if r["flags"] == flags]
         if runs:
             after = np.array([float(r["stepnft"]) for r in runs])
-            error = after.std(ddof=1) / len(after) ** 0.5 if len(after) > 1 else math.nan
             summary.append({"figure": figure, "variant": variant, "after": after.mean(),
-                            "half": t_quantile[min(len(after), 10)] * error, "seeds": len(after),
+                            "half": half_interval(after), "seeds": len(after),
                             "sft": np.mean([float(r["sft"]) for r in runs]),
                             "paper": "-" if paper is None else paper})
     return summary

@@ -29,7 +29,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-flow, nft = map(importlib.import_module, ("01_flow_policy", "03_step_loss"))
+sys.path.insert(0, str(ROOT / "results"))
+flow, nft, figures = map(importlib.import_module, ("01_flow_policy", "03_step_loss", "figures"))
 
 
 def read(path):
@@ -93,6 +94,8 @@ def table(pattern, specs):
     """-> rows of cells."""
     if pattern == "ablations":
         return ablations()
+    if pattern.endswith("ood.csv"):
+        return axes_table(ROOT / pattern)
     rows, mean = rows_of(pattern), "mean row" in specs
     for name, value in (re.fullmatch(r"where (\w+)=(.*)", s).groups() for s in specs
                         if s.startswith("where ")):
@@ -113,6 +116,21 @@ def ablations():
             f"{r['after']:.3f} ± {r['half']:.3f}" if r else "–" for r in found),
             "–" if paper is None else f"{paper:g}"])
     return cells
+
+
+def axes_table(path):
+    """The out-of-distribution suite: a row for each policy, its mean over seeds on each axis, and
+    after ± half of the 95 % t-interval over seeds; last, what pi-StepNFT is ahead of PPO."""
+    rows, cells, means = figures.ood_rows(path), [], {}
+    for policy in dict.fromkeys(row[2] for row in rows):
+        found = []
+        for axis in figures.AXES:
+            values = [row[3] for row in rows if row[2] == policy and row[0] == axis]
+            means[policy, axis] = np.mean(values)
+            found.append(f"{np.mean(values):.3f} ± {nft.half_interval(values):.3f}")
+        cells.append([figures.NAMES.get(policy, policy), *found])
+    gains = [100 * (means["stepnft", axis] - means["ppo", axis]) for axis in figures.AXES]
+    return cells + [["π-StepNFT - PPO, points", *(f"{gain:+.1f}" for gain in gains)]]
 
 
 def defined_at(path, name):

@@ -604,3 +604,19 @@ def test_a_baseline_trains_and_resumes(tmp_path, algo):
     log = list(csv.DictReader(open(tmp_path / "new/log.csv")))
     assert [row["iteration"] for row in log] == ["1", "2"] and f" {algo}=" in run.stdout
     assert ("value_loss" in log[0]) == (algo == "ppo")
+
+
+def test_two_ranks_of_torchrun_share_the_episodes_of_one_run(tmp_path):
+    flags = [*TINY, "--algo", "ppo", "--eval-ood", "--ood-episodes", "3", "--out", "new"]
+    flags[flags.index("--episodes") + 1] = "16"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
+    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+                          str(ROOT / "05_train_maniskill.py"), *flags], cwd=tmp_path, text=True,
+                         capture_output=True, timeout=400, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("RESULT") == 1          # rank 1 is silent
+    log, = csv.DictReader(open(tmp_path / "new/log.csv"))
+    assert 16 <= int(log["env_steps"]) <= 16 * 24 and float(log["train_sde"]) * 16 % 1 == 0
+    rows = list(csv.DictReader(open(tmp_path / "new/test.csv")))
+    assert {row["axis"] for row in rows} == {"test", "in-distribution", "vision", "execution"}
+    assert all(row["episodes"] == ("4" if row["axis"] == "test" else "3") for row in rows)
