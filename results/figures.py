@@ -352,11 +352,20 @@ def ood_rows(path):
 
 
 def ood(path):
-    """policy,seed,axis,variant,episodes,success,low,high -> bars for each axis and each variant."""
+    """policy,seed,axis,variant,episodes,success,low,high -> learning curves of the same runs, bars
+    for each axis and for each variant."""
     if not path.exists():
         return skipped("ood", f"{path.parent.name}/{path.name}")
     rows, table = ood_rows(path), read(path)
-    fig, (top, bottom) = plt.subplots(2, 1, figsize=(9.6, 5.6))
+    fig = plt.figure(figsize=(9.6, 6))
+    grid = fig.add_gridspec(2, 3)
+    curves, top, bottom = (fig.add_subplot(grid[where]) for where in (
+        (0, 0), (0, slice(1, 3)), (1, slice(0, 3))))
+    for name in ("ppo", "stepnft"):
+        draw_curves(curves, sorted(path.parent.glob(f"pad_{name}_seed[0-9].csv")),
+                    POLICY_COLORS[NAMES[name]], NAMES[name], train=False)
+    curves.set(ylim=(0, 1.05), xlabel="training episodes, thousands", ylabel="success, ODE",
+               title="validation while training")
     draw_before_after(top, rows, [axis for axis in AXES if any(r[0] == axis for r in rows)])
     variants = list(dict.fromkeys((r["axis"], r["variant"]) for r in table))
     draw_before_after(bottom, [((r["axis"], r["variant"]), r["seed"], r["policy"], *numbers(r))

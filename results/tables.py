@@ -53,7 +53,7 @@ def show(value, form=""):
     if value == "":
         return ""
     if isinstance(value, str) and not re.fullmatch(r"-?[\d.]+(e-?\d+)?", value):
-        return f"`{value}`" if re.match(r"\d\d_|--", value) else value.replace("pi-", "π-")
+        return f"`{value}`" if re.match(r"\d\d_|--", value) else figures.NAMES.get(value, value)
     if not form and "." not in str(value):
         return f"{int(value):,}"
     return f"{float(value):{form or '.3f'}}"
