@@ -468,7 +468,7 @@ def check_images(renderer):
 
 
 def test_images_train_end_to_end_and_are_filmed(renderer, tmp_path):
-    run = run_script("05_train_maniskill.py", *"--task PickCube-v1 --obs rgb --num-demos 1 "
+    run = run_script("05_train_maniskill.py", *"--task PutOnPad-v1 --obs rgb --num-demos 1 "
                      "--sft-steps 3 --iterations 1 --episodes 8 --max-steps 16 --eval-every 1 "
                      "--eval-episodes 1 --test-episodes 1 --num-envs 1 --device cpu --video 1 "
                      "--demo-noise 0.02 --out new".split(), cwd=tmp_path)
@@ -478,7 +478,7 @@ def test_images_train_end_to_end_and_are_filmed(renderer, tmp_path):
     import imageio
     assert 1 <= imageio.get_reader(film).count_frames() <= 16
     config = torch.load(tmp_path / "new/best.pt", weights_only=False)["config"]
-    assert config["cameras"] == 1 and config["state_dim"] == 5
+    assert config["cameras"] == 1 and config["state_dim"] == 5 and config["language"]
 
 
 def test_without_a_driver_one_line_says_how_to_get_one(tmp_path, monkeypatch):
