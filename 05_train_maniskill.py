@@ -16,7 +16,8 @@ follows quickly. Each is a flag. `--rollout ode --target endpoint --loss weighte
 DiffusionNFT. Left out: the vision-language backbone.
 
 Run:     python 05_train_maniskill.py                       (about 5 minutes on two CPU cores)
-         python 05_train_maniskill.py --task PutOnPad-v1 --eval-ood
+         python 05_train_maniskill.py --task PutOnPad-v1 --num-demos 40 --sft-steps 3000
+             --lr 3e-5 --dpo-beta 0.1 --eval-ood     (one line; 1000 SFT steps are too few)
          python 05_train_maniskill.py --eval-only runs/05_train_maniskill/best.pt
 Prints:  success of SFT and of every evaluation with its 95 % interval, then RESULT.
 Saves:   runs/05_train_maniskill/{sft.pt, last.pt, best.pt, log.csv, test.csv, learning.png,
