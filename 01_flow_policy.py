@@ -52,15 +52,16 @@ class FlowPolicy(nn.Module):
     `cameras` and `language` say which encoders to build, `backbone` names a torchvision ResNet for
     the images. The last 3 * `slots` numbers of the state are positions (m) of things that the
     instruction may name; it decides which are looked at. Actions are normalised per dimension with
-    the statistics of the demonstrations, which are part of the checkpoint.
+    the statistics of the demonstrations, which are part of the checkpoint. `action_repeat` is for
+    whoever plays the chunk: each action is held for that many control steps.
     """
 
     def __init__(self, horizon, action_dim, state_dim=0, cameras=0, language=False, width=128,
-                 depth=3, backbone=None, slots=0):
+                 depth=3, backbone=None, slots=0, action_repeat=1):
         super().__init__()
         # what rebuilds this policy; part of the checkpoint
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.horizon, self.action_dim = horizon, action_dim
+        self.horizon, self.action_dim, self.action_repeat = horizon, action_dim, action_repeat
         self.state_dim, self.cameras = state_dim, cameras
         self.language, self.slots = language, slots
         for name, size in (("state", state_dim), ("action", action_dim)):
@@ -437,10 +438,14 @@ def expert_chunk(state, horizon):
     return np.stack(chunk, axis=1).astype(np.float32)
 
 
-def sliding_chunks(actions, horizon):
-    """Actions of a demo (T, A) -> (T, H, A): the next H from every step, the last one repeated."""
-    index = torch.arange(len(actions))[:, None] + torch.arange(horizon)
-    return actions[index.clamp(max=len(actions) - 1)]
+def sliding_chunks(actions, horizon, action_repeat=1):
+    """Actions of a demo (T, A) -> (T, H, A): the next H from every step, the last one repeated.
+
+    With action_repeat R each of the H is the mean of R steps of the demo.
+    """
+    index = torch.arange(len(actions))[:, None] + torch.arange(horizon * action_repeat)
+    chunks = actions[index.clamp(max=len(actions) - 1)]
+    return chunks.unflatten(1, (horizon, action_repeat)).mean(2)
 
 
 def toy_demos(num_demos, seed, horizon=4):

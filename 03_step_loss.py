@@ -275,11 +275,14 @@ class ChunkEnv(gym.Env):
     """One simulator as a gymnasium Env whose action is a chunk (H, A), observed once at its end.
 
     make_sim() -> sim with reset(seed), advance(action) -> success, observe() -> obs dict. It is
-    called at the first reset, so that only worker processes ever load a simulator.
+    called at the first reset, so that only worker processes ever load a simulator. Each action is
+    held for action_repeat control steps; max_steps counts control steps.
     """
 
-    def __init__(self, make_sim, observation_space, action_dim, max_steps, horizon):
-        self.make_sim, self.sim, self.max_steps = make_sim, None, max_steps
+    def __init__(self, make_sim, observation_space, action_dim, max_steps, horizon,
+                 action_repeat=1):
+        self.make_sim, self.sim = make_sim, None
+        self.max_steps, self.action_repeat = max_steps, action_repeat
         self.observation_space = observation_space
         self.action_space = gym.spaces.Box(-1, 1, (horizon, action_dim))
         self.steps, self.over = 0, True
@@ -298,14 +301,16 @@ class ChunkEnv(gym.Env):
     def step(self, chunk):
         """Stops inside the chunk at success or at the time limit; does nothing once it is over."""
         executed, success = 0, False
-        while executed < len(chunk) and not self.over:
-            success = bool(self.sim.advance(chunk[executed]))
+        for action in np.repeat(chunk, self.action_repeat, axis=0):
+            if self.over:
+                break
+            success = bool(self.sim.advance(action))
             executed += 1
             self.steps += 1
             self.over = success or self.steps >= self.max_steps
         if executed:
             self.obs = self.sim.observe()
-        info = {"executed": executed, "success": success}
+        info = {"executed": math.ceil(executed / self.action_repeat), "success": success}
         return self.obs, float(success), success, self.over and not success, info
 
 
@@ -323,7 +328,7 @@ def follow(obs):
     return obs["action"][:, None].numpy(), {}
 
 
-def expert_demos(args, envs, seeds):
+def expert_demos(args, envs, seeds, action_repeat=1):
     """Plays the expert and keeps the successes -> (obs of N rows, chunks (N, H, A))."""
     success, rows = flow.play(follow, envs, seeds, "demos")
     envs.close()
@@ -332,7 +337,7 @@ def expert_demos(args, envs, seeds):
                          f"succeeded; use less noise or more steps")
     kept = [torch.where(rows["episode"] == e)[0] for e in np.flatnonzero(success)]
     actions = rows["obs"].pop("action")
-    chunks = torch.cat([flow.sliding_chunks(actions[k], args.horizon) for k in kept])
+    chunks = torch.cat([flow.sliding_chunks(actions[k], args.horizon, action_repeat) for k in kept])
     print(f"{len(kept)} of {len(seeds)} demos succeeded: {len(chunks)} chunks of {args.horizon} "
           f"actions", flush=True)
     return flow.take(rows["obs"], torch.cat(kept)), chunks

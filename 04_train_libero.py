@@ -30,11 +30,13 @@ import atexit
 import contextlib
 import copy
 import functools
+import gc
 import importlib
 import json
 import logging
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
@@ -123,6 +125,19 @@ def import_libero():
     return ControlEnv
 
 
+@contextlib.contextmanager
+def without_textures():
+    """Textures are 150 of a simulator's 250 MB, and physics does not look at them."""
+    from robosuite.utils.binding_utils import MjSim
+    build = MjSim.from_xml_string
+    MjSim.from_xml_string = lambda xml: build(
+        re.sub(r'<texture [^>]*/>| texture="[^"]*"', "", xml))
+    try:
+        yield
+    finally:
+        MjSim.from_xml_string = build
+
+
 @functools.cache
 def osc_pose():
     """LIBERO's controller (operational space control, Khatib 1987), compiled by numba in one piece;
@@ -176,10 +191,12 @@ class LiberoSim:
         self.instruction, _, self.entities = problems[task]
         self.obs, self.state_dim = obs, state_dim or state_size(suite, obs)
         self.init_states = np.asarray(tasks.get_task_init_states(task))     # (50, 1 + nq + nv)
-        self.env = import_libero()(
-            bddl_file_name=files[task], has_renderer=False, use_camera_obs=False,
-            has_offscreen_renderer=False, hard_reset=False,
-            initialization_noise="default").env  # 0.02 rad a joint, as in the official states
+        ControlEnv = import_libero()
+        with contextlib.nullcontext() if gl else without_textures():
+            self.env = ControlEnv(
+                bddl_file_name=files[task], has_renderer=False, use_camera_obs=False,
+                has_offscreen_renderer=False, hard_reset=False,
+                initialization_noise="default").env  # 0.02 rad a joint, as in the official states
         import mujoco
         self.mj, self.model, self.data = mujoco, self.env.sim.model._model, self.env.sim.data._data
         self.robot, self.gripper = self.env.robots[0], self.env.robots[0].gripper
@@ -362,17 +379,26 @@ class Camera:
 class TaskSims:
     """All tasks of a run behind one reset(seed): what ChunkEnv of 03 drives in a worker.
 
-    A task's simulator is built when its first episode comes (a second or two each).
+    A task's simulator is built when its first episode comes (a second or two, 120 MB, with cameras
+    250 MB); the ten used last are kept.
     """
+
+    kept = 10
 
     def __init__(self, suite, language, **view):
         self.suite, self.language, self.view, self.sims = suite, language, view, {}
 
     def reset(self, seed):
         task, placement = divmod(seed, TASK)
-        if task not in self.sims:
-            self.sims[task] = LiberoSim(self.suite, task, **self.view)
-        self.sim = self.sims[task]
+        if task in self.sims:
+            self.sim = self.sims.pop(task)
+        else:
+            if len(self.sims) == self.kept:
+                self.sim = None
+                del self.sims[next(iter(self.sims))]
+                gc.collect()  # robosuite's objects point at each other in circles
+            self.sim = LiberoSim(self.suite, task, **self.view)
+        self.sims[task] = self.sim                    # a dict keeps its order: the last one used
         self.sim.reset(placement)
 
     def advance(self, action):
@@ -545,16 +571,14 @@ def make_envs(args, suite=None, demos=False, film=None):
     make_sim = functools.partial(kind, suite, language, obs=args.obs, state_dim=args.state_dim,
                                  gl=args.gl if film or args.obs == "rgb" else None, size=size)
     make = functools.partial(nft.ChunkEnv, make_sim, gym.spaces.Dict(space), ACTION_DIM,
-                             args.max_steps, args.horizon)
+                             args.max_steps, args.horizon, 1 if demos else args.action_repeat)
     return nft.worker_envs(make, args.num_envs)
 
 
-def test_expert(args):
+def test_expert(args, envs):
     """--expert-only: the scripted controller, without noise, on the official initial states."""
-    args.demo_noise, envs = 0, make_envs(args, demos=True)
     seeds = [TASK * task + i for task in args.tasks for i in range(OFFICIAL)]
     success, rows = flow.play(nft.follow, envs, seeds, "expert")
-    envs.close()
     steps = torch.bincount(rows["episode"]).numpy()
     for task, won, taken in zip(args.tasks, success.reshape(-1, OFFICIAL),
                                 steps.reshape(-1, OFFICIAL)):
@@ -573,7 +597,7 @@ def collect_demos(args):
     """--demos scripted -> (obs of N rows, chunks (N, H, 7))."""
     first = DEMOS + args.seed * 1000
     seeds = [TASK * task + first + i for i in range(args.num_demos) for task in args.tasks]
-    return nft.expert_demos(args, make_envs(args, demos=True), seeds)
+    return nft.expert_demos(args, make_envs(args, demos=True), seeds, args.action_repeat)
 
 
 class ImagesOnDisk:
@@ -644,7 +668,7 @@ def load_demos(args):
                 texts += [read_suite(args.suite)[2][task][0]] * len(steps)
                 states.append(torch.from_numpy(seen))
                 actions = torch.from_numpy(actions).float()
-                chunks.append(flow.sliding_chunks(actions, args.horizon))
+                chunks.append(flow.sliding_chunks(actions, args.horizon, args.action_repeat))
     obs = {"state": torch.cat(states)}
     if args.obs == "rgb":
         obs["rgb"] = ImagesOnDisk(frames)
@@ -717,7 +741,7 @@ def pretrain(args, out, device):
     torch.manual_seed(args.seed)
     policy = flow.FlowPolicy(args.horizon, ACTION_DIM, state_dim=args.state_dim, width=512,
                              cameras=2 * (args.obs == "rgb"), language=len(args.tasks) > 1,
-                             backbone=args.backbone)
+                             backbone=args.backbone, action_repeat=args.action_repeat)
     if args.backbone:
         pretrained = flow.image_net(args.backbone, "DEFAULT")
         policy.eye[:-1].load_state_dict(pretrained[:-1].state_dict())
@@ -759,7 +783,8 @@ def train(args, envs, out, device):
         nft.ema_update(old, policy, alpha)
         updated = time.time()
         state["iteration"] = i + 1
-        state["env_steps"] += int(nft.gather(batch["mask"].sum()[None]).sum())
+        actions = nft.gather(batch["mask"].sum()[None]).sum()
+        state["env_steps"] += int(actions) * args.action_repeat
         rate = ""
         if (i + 1) % args.eval_every == 0 or i + 1 == args.iterations:
             rate = validate(f"iteration {i + 1}", policy, args, envs)
@@ -789,17 +814,19 @@ def parse_args():
     add("--image-size", type=int, default=128, help="height and width of the camera images")
     add("--demos", default="scripted", metavar="PATH",
         help="scripted, or a folder (or file) of LIBERO's official HDF5 demonstrations")
+    add("--action-repeat", type=int, default=4, metavar="R",
+        help="control steps (1/20 s) for which each action of a chunk is held")
     add("--expert-only", action="store_true", help="test the scripted controller and stop")
     add("--skip-no-ops", action="store_true", help="leave out recorded steps that do nothing")
     add("--eval-suites", nargs="*", default=[], metavar="SUITE",
         help="further suites for the final test; _swap _object _lan _task are LIBERO-PRO's "
              "variants of --suite")
     add("--video", type=int, default=0, metavar="N", help="film N test episodes as mp4")
-    nft.add_run_flags(parser, num_demos=3, demo_noise=0.5, sft_steps=2000, iterations=45,
-                      horizon=8, lr=2e-4, eval_episodes=100, out="runs/04_train_libero",
-                      num_envs=4 * len(os.sched_getaffinity(0)))
+    nft.add_run_flags(parser, num_demos=1, demo_noise=0.2, sft_steps=1500, iterations=12,
+                      horizon=1, lr=3e-5, eval_every=3, eval_episodes=100, test_episodes=100,
+                      num_envs=4 * len(os.sched_getaffinity(0)), out="runs/04_train_libero")
     nft.add_method_flags(parser, transitions="all", labels="grouped", noise_level=0.5,
-                         ema=[0.1, 0.5])
+                         dpo_beta=0.1, ema=[0.1, 0.5])
     args = parser.parse_args()
     nft.check_method(args)
     return args
@@ -829,6 +856,7 @@ def check(args):
     args.state_dim = state_size(args.suite, args.obs)
     nft.check_run(args, {"cameras": ("--obs", 2 * (args.obs == "rgb")),
                          "horizon": ("--horizon", args.horizon),
+                         "action_repeat": ("--action-repeat", args.action_repeat),
                          "state_dim": ("--suite", args.state_dim),
                          "language": ("--tasks", len(args.tasks) > 1)})
     if args.backbone:
@@ -856,6 +884,8 @@ def check_backbone(args):
 
 def run(args, envs, device):
     out, start, task = Path(args.out), time.time(), ",".join(map(str, args.tasks))
+    if args.expert_only:
+        return test_expert(args, envs)
     if args.eval_only:
         policy, _ = flow.load_policy(args.eval_only, device)
         rate, = test_all({args.eval_only: policy}, args, envs)
@@ -880,8 +910,8 @@ def main():
         torch.set_num_threads(1)  # a small net: the cores are for the simulators
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
     if args.expert_only:
-        return test_expert(args)
-    envs = make_envs(args)
+        args.demo_noise = 0
+    envs = make_envs(args, demos=args.expert_only)
     try:
         run(args, envs, device)
         envs.close()

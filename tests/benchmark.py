@@ -102,7 +102,7 @@ def against(bare, policy, envs, episodes):
     start = time.perf_counter()
     _, batch = nft.rollout(policy, envs, range(1000, 1000 + episodes), transitions="all")
     seconds = time.perf_counter() - start
-    rate = int(batch["mask"].sum()) / seconds
+    rate = int(batch["mask"].sum()) * policy.action_repeat / seconds
     print(f"  bare env.step loop, random actions: {bare:.0f} steps/s; rollout of the SDE policy: "
           f"{rate:.0f} steps/s, {rate / bare:.2f}x")
     envs.close()
@@ -187,8 +187,9 @@ def main():
     print(f"LIBERO, libero_object task 0, state, {num_envs} processes")
     envs = libero.make_envs(types.SimpleNamespace(
         suite="libero_object", tasks=[0], obs="state", state_dim=libero.state_size("libero_object"),
-        image_size=128, gl=None, horizon=8, num_envs=num_envs, max_steps=100))
-    policy = flow.FlowPolicy(8, 7, state_dim=libero.state_size("libero_object"), width=512)
+        image_size=128, gl=None, horizon=1, action_repeat=4, num_envs=num_envs, max_steps=100))
+    policy = flow.FlowPolicy(1, 7, state_dim=libero.state_size("libero_object"), width=512,
+                             action_repeat=4)
     _, _, libero_ratio = against(bare_rate(Soup, num_envs, 300, 100), policy, envs, 10 * num_envs)
 
     print(f"ManiSkill, PickCube-v1, state, {num_envs} processes")

@@ -842,22 +842,22 @@ class Countdown:
         return {"state": np.array([self.step, self.seed], np.float32)}
 
 
-def countdown_env(max_steps=10, horizon=4):
+def countdown_env(max_steps=10, horizon=4, action_repeat=1):
     space = gym.spaces.Dict({"state": gym.spaces.Box(-np.inf, np.inf, (2,))})
-    return loss.ChunkEnv(Countdown, space, 1, max_steps, horizon)
+    return loss.ChunkEnv(Countdown, space, 1, max_steps, horizon, action_repeat)
 
 
-@pytest.mark.parametrize("horizon", [1, 4, 5])
-def test_a_chunk_stops_at_success_or_at_the_time_limit(horizon):
+@pytest.mark.parametrize("horizon, repeat", [(1, 1), (4, 1), (5, 1), (1, 4), (2, 3)])
+def test_a_chunk_stops_at_success_or_at_the_time_limit(horizon, repeat):
     """Success at step 1 to 12 of at most 10, so the last two time out; the 10th just makes it."""
     for arrival in range(1, 13):
-        env, step, chunks = countdown_env(10, horizon), 0, 0
+        env, step, chunks = countdown_env(10, horizon, repeat), 0, 0
         env.reset(seed=arrival)
         terminated = truncated = False
         while not (terminated or truncated):
             obs, reward, terminated, truncated, info = env.step(np.zeros((horizon, 1)))
-            end = min(step + horizon, arrival, 10)
-            assert info["executed"] == end - step and obs["state"][0] == end
+            end = min(step + horizon * repeat, arrival, 10)
+            assert info["executed"] == -(-(end - step) // repeat) and obs["state"][0] == end
             assert terminated == info["success"] == (reward == 1) == (end == arrival)
             assert truncated == (end == 10 and arrival != 10)
             step, chunks = end, chunks + 1
@@ -865,6 +865,19 @@ def test_a_chunk_stops_at_success_or_at_the_time_limit(horizon):
         *_, info = env.step(np.zeros((horizon, 1)))             # over: nothing moves any more
         assert info == {"executed": 0, "success": False} and env.sim.step == step
         assert env.sim.looks == 1 + chunks
+
+
+def test_an_action_is_held_for_several_control_steps():
+    """Chunks of a demo are the means of what it did in those steps."""
+    actions = torch.arange(7.0)[:, None]
+    chunks = flow.sliding_chunks(actions, horizon=2, action_repeat=3)
+    assert chunks.shape == (7, 2, 1) and chunks[0, :, 0].tolist() == [1, 4]
+    assert chunks[3, :, 0].tolist() == [4, 6] and chunks[6, :, 0].tolist() == [6, 6]
+    env, seen = countdown_env(100, 2, 3), []
+    env.reset(seed=50)
+    env.sim.advance = lambda action: seen.append(float(action[0])) or False
+    env.step(np.array([[1.0], [2.0]]))
+    assert seen == [1, 1, 1, 2, 2, 2]
 
 
 def test_a_simulator_is_built_at_the_first_reset_and_only_once():

@@ -45,6 +45,20 @@ def test_an_episode_does_not_depend_on_the_one_before(sim):
     assert not np.array_equal(other[0], first[0])
 
 
+def test_a_worker_keeps_only_the_simulators_used_last(sim):
+    """A task met again is built again, and is what it was."""
+    sims = libero.TaskSims("libero_object", False, state_dim=18)
+    sims.kept, seen = 1, []
+    for task in (0, 1, 0):
+        sims.reset(task * libero.TASK + 3)
+        sims.advance(np.ones(7))
+        seen.append(sims.observe()["state"])
+        assert list(sims.sims) == [task]
+    assert np.array_equal(seen[0], seen[2]) and not np.array_equal(seen[0], seen[1])
+    assert np.array_equal(seen[0], play(sim, 3, [np.ones(7)])[-1])
+    assert sim.model.ntexdata == 0                            # nothing is drawn: no textures
+
+
 def test_random_starts_are_spread_like_the_official_ones(sim):
     """The arm's joints, whose noise LIBERO's wrapper drops at reset, and the target's place."""
     arms, targets = [], []
@@ -145,7 +159,7 @@ def recorded(sim, tmp_path_factory):
 
 def flags(file, **changes):
     values = dict(suite="libero_object", tasks=[0], demos=str(file), num_demos=2, skip_no_ops=False,
-                  obs="state", horizon=4) | changes
+                  obs="state", horizon=4, action_repeat=1) | changes
     return SimpleNamespace(**values, state_dim=libero.state_size(values["suite"], values["obs"]))
 
 
@@ -263,6 +277,16 @@ def test_rgb_sft_beats_a_policy_that_sees_nothing(gl):
             losses.append(np.mean([libero.flow.flow_matching_loss(
                 policy, held_out, policy.normalise(chunks[last:])).item() for _ in range(5)]))
     assert losses[0] < 0.9 * losses[1], losses
+
+
+def test_the_expert_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(libero, "OFFICIAL", 2)
+    monkeypatch.setattr(sys, "argv", ["04", *"--expert-only --tasks 0 9 --num-envs 2 --out".split(),
+                                      str(tmp_path)])
+    libero.main()
+    rows = list(csv.DictReader(open(tmp_path / "experts.csv")))
+    assert [(row["task"], row["success"]) for row in rows] == [("0", "1.0"), ("9", "1.0")]
+    assert "worst=1.000 episodes=4" in capsys.readouterr().out
 
 
 def children(pid):
