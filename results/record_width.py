@@ -41,7 +41,7 @@ def open_envs(name, num_envs, flags=()):
             script.check(args)
     finally:
         sys.argv = own
-    args.horizon = 1
+    args.horizon = args.action_repeat = 1
     first = script.TEST
     if name == "libero":
         first = int(script.episode_seeds(args.tasks, [first])[0])
@@ -60,20 +60,21 @@ def places(name, state):
 def paths(policy, envs, seed, episodes, max_steps, noise_level=0, num_steps=4):
     """One start, many episodes -> (hand (episodes, steps + 1, 3), nan after the end; success).
 
-    A chunk is sampled after every `policy.horizon` steps, as in training; noise_level 0 is the ODE.
+    A chunk is sampled when the last one is over, as in training; noise_level 0 is the ODE.
     """
+    hold = policy.action_repeat
     every, wins = [], []
     for _ in range(0, episodes, envs.num_envs):
         plan, step = None, 0
 
         def act(obs):
             nonlocal plan, step
-            if step % policy.horizon == 0:
+            if step % (policy.horizon * hold) == 0:
                 x_0 = (sde.sde_sample(policy, obs, num_steps, noise_level)[0] if noise_level
                        else flow.ode_sample(policy, obs, num_steps))
                 plan = policy.denormalise(x_0).detach().numpy()
             step += 1
-            return plan[:, (step - 1) % policy.horizon][:, None], {}
+            return plan[:, (step - 1) // hold % policy.horizon][:, None], {}
 
         success, rows = flow.play(act, envs, [seed] * envs.num_envs)
         seen = np.full((envs.num_envs, max_steps + 1, 3), np.nan, np.float32)
