@@ -20,7 +20,7 @@ reaches the arm (see the notebook exploration_width); a ranking of slope 0.1, wh
 policy more evenly than slope 1 (README); positions are seen from the hand. Left out: the
 vision-language backbone; a pretrained ResNet for the images is an option (--backbone).
 
-Run:     python 04_train_libero.py --seed 1             (task 0, about 20 minutes on two cores)
+Run:     python 04_train_libero.py --seed 2             (task 0, about 20 minutes on two cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/best.pt --video 4
          torchrun --nproc-per-node=8 04_train_libero.py --obs rgb --tasks all --episodes 512
 Prints:  success of SFT and of every evaluation with its 95 % interval, then RESULT.
@@ -824,7 +824,7 @@ def parse_args():
         help="further suites for the final test; _swap _object _lan _task are LIBERO-PRO's "
              "variants of --suite")
     add("--video", type=int, default=0, metavar="N", help="film N test episodes as mp4")
-    nft.add_run_flags(parser, num_demos=2, demo_noise=0.5, sft_steps=2000, iterations=10,
+    nft.add_run_flags(parser, num_demos=3, demo_noise=0.5, sft_steps=2000, iterations=10,
                       horizon=1, lr=3e-5, eval_every=5, eval_episodes=100, test_episodes=100,
                       num_envs=4 * len(os.sched_getaffinity(0)), out="runs/04_train_libero")
     nft.add_method_flags(parser, transitions="all", labels="grouped", noise_level=0.5,
@@ -863,6 +863,8 @@ def check(args):
                          "language": ("--tasks", len(args.tasks) > 1)})
     if args.backbone:
         check_backbone(args)
+    if args.action_repeat < 1:
+        raise SystemExit(f"--action-repeat {args.action_repeat}: give at least 1")
     if args.image_size < 48:
         raise SystemExit(f"--image-size {args.image_size}: the image encoder needs at least 48")
     args.gl = find_gl() if args.obs == "rgb" or args.video else None

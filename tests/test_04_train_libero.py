@@ -105,6 +105,7 @@ def test_advance_equals_liberos_own_step(sim):
     (["--suite", "libero_10"], ["--tasks 0", "--suite"]),
     (["--eval-only", "nothing.pt"], ["--eval-only"]),
     (["--backbone", "resnet18"], ["--backbone", "--obs rgb"]),
+    (["--action-repeat", "0"], ["--action-repeat"]),
 ])
 def test_bad_input_gets_one_line_naming_the_flag(tmp_path, flags, words):
     line = one_clear_line(run_script("04_train_libero.py", *flags, "--out", "new", cwd=tmp_path,
