@@ -53,7 +53,7 @@ class FlowPolicy(nn.Module):
     the images. The last 3 * `slots` numbers of the state are positions (m) of things that the
     instruction may name; it decides which are looked at. Actions are normalised per dimension with
     the statistics of the demonstrations, which are part of the checkpoint. `action_repeat` is for
-    whoever plays the chunk: each action is held for that many control steps.
+    whoever plays the chunk: each action is held for that many time steps.
     """
 
     def __init__(self, horizon, action_dim, state_dim=0, cameras=0, language=False, width=128,

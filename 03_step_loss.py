@@ -300,17 +300,17 @@ class ChunkEnv(gym.Env):
 
     def step(self, chunk):
         """Stops inside the chunk at success or at the time limit; does nothing once it is over."""
-        executed, success = 0, False
+        taken, success = 0, False  # control steps
         for action in np.repeat(chunk, self.action_repeat, axis=0):
             if self.over:
                 break
             success = bool(self.sim.advance(action))
-            executed += 1
+            taken += 1
             self.steps += 1
             self.over = success or self.steps >= self.max_steps
-        if executed:
+        if taken:
             self.obs = self.sim.observe()
-        info = {"executed": math.ceil(executed / self.action_repeat), "success": success}
+        info = {"executed": math.ceil(taken / self.action_repeat), "success": success}
         return self.obs, float(success), success, self.over and not success, info
 
 

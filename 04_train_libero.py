@@ -13,12 +13,12 @@ checkpoints and --resume, films (--video), data-parallel training (torchrun). Te
 LIBERO's 50 official initial states, random placements, and on request LIBERO-PRO's perturbed suites
 (--eval-suites); no training episode starts from any of them.
 Defaults that differ from the paper's, because two CPU cores are not a GPU cluster: a chunk is one
-action, held for 4 control steps (--action-repeat), so that an episode's success hangs on four times
-fewer random numbers; all K denoising steps of a chunk are trained on; labels are grouped (8 episodes
-from the same start, minus their mean); noise 0.5, because most of it is contracted away before it
-reaches the arm (see the notebook exploration_width); a ranking of slope 0.1, which changes the
-policy more evenly than slope 1 (README); positions are seen from the hand. Left out: the
-vision-language backbone; a pretrained ResNet for the images is an option (--backbone).
+action, held for 4 control steps (--action-repeat), so that an episode's success hangs on a quarter
+of the random numbers; all K denoising steps of a chunk are trained on; labels are grouped (8
+episodes from the same start, minus their mean); noise 0.5, because most of it is contracted away
+before it reaches the arm (see the notebook exploration_width); slope 0.1 of the ranking, which
+holds the policy back less (README); positions are seen from the hand. Left out: the vision-language
+backbone; a pretrained ResNet for the images is an option (--backbone).
 
 Run:     python 04_train_libero.py --seed 2             (task 0, about 20 minutes on two cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/best.pt --video 4
