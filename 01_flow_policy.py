@@ -7,14 +7,14 @@ played without looking again) by a learned velocity:
 
 Flow matching trains v_theta on demonstrations: mix a demonstrated chunk x_0 with noise x_1 on a
 straight line, x_t = (1 - t) x_0 + t x_1, and regress the line's direction, v = x_1 - x_0. No
-likelihood appears anywhere, which is why reinforcement learning will need a new idea (03).
+likelihood appears anywhere, and policy gradients need one: RL will ask for a new idea (03).
 
 This file holds the policy network with its encoders, flow matching (SFT: supervised fine-tuning),
 ODE sampling, the loop that plays episodes, and the toy world of 01-03: a point robot that must pass
-a gap in a wall. Six demonstrations start near the middle; the test starts all over the left side,
+a gap in a wall. Six demonstrations start near the middle of the left edge, the test anywhere on it,
 so the cloned policy is good where it has seen data and poor elsewhere. RL will close that gap.
-Left out of the published models: the pretrained vision-language backbone. It would offer the same
-two methods as FlowPolicy here, `encode` and `velocity`, and the rest of the repo would not notice.
+Left out of the published models: the pretrained vision-language backbone. It would offer `encode`
+and `velocity` like FlowPolicy here (and `denormalise`, `horizon`, `action_dim`, `action_centre`).
 
 Run:     python 01_flow_policy.py          (about 10 s on one CPU core)
 Prints:  flow matching loss, then success from the demo starts (narrow) and from everywhere (wide).
@@ -33,10 +33,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-EVAL_SEED = 1_000_000  # evaluation episodes are seeds 1000000, 1000001, ...; training stays below
+EVAL_SEED = 1_000_000  # evaluation plays seeds 1000000, 1000001, ...; demos lie below, RL above
 
 # Shapes in this repo: B batch, H actions per chunk, A action dims, K denoising steps, S state dims,
-# C numbers of an encoded observation (ctx), N rows of a data set.
+# C numbers of an encoded observation (ctx), N rows of a data set or simulators side by side,
+# T steps of a demo. "Flow units" are normalised actions, what the flow sees; `normalise` converts.
 
 # ------------------------------------------------------------------------------------------------
 # The policy: encode the observation once, then ask for a velocity at any (x_t, t)
@@ -45,6 +46,7 @@ EVAL_SEED = 1_000_000  # evaluation episodes are seeds 1000000, 1000001, ...; tr
 class FlowPolicy(nn.Module):
     """Velocity field v_theta(x_t, t, obs) over chunks of H normalised actions.
 
+    01-03 use the state alone; images, sentences and slots are for 04 and 05: skip them at first.
     Observations are a dict with any of
         state        (B, S) float32       normalised here, per dimension
         rgb          (B, cameras, 3, height, width) uint8
@@ -74,6 +76,7 @@ class FlowPolicy(nn.Module):
             self.words = nn.Conv1d(32, 64, 5, padding=2)
         if slots:  # four glances, each a softmax over the slots that the sentence decides
             self.glance = nn.Linear(64, 4 * slots)
+        # three numbers a glance, two for each of 64 feature maps, 64 a sentence; 8 for the clock
         self.context_dim = context = (state_dim - 3 * slots + 12 * (slots > 0) + 128 * cameras
                                       + 64 * language)
         sizes = [horizon * action_dim + 8 + context] + [width] * depth
@@ -85,7 +88,7 @@ class FlowPolicy(nn.Module):
         parts = []
         if self.state_dim:
             state = (obs["state"] - self.state_centre) / self.state_scale           # (B, S)
-            state = state[:, :self.state_dim - 3 * self.slots]
+            state = state[:, :self.state_dim - 3 * self.slots]  # slots are looked at below
             parts.append(state.clamp(-5, 5))  # a robot that bumps can be 100 stds away
         if self.cameras:
             images = obs["rgb"].flatten(0, 1).float() / 255 - 0.5               # (B*cameras, 3, ..)
@@ -114,6 +117,7 @@ class FlowPolicy(nn.Module):
         """x_t (B, H, A), t (B,) in [0, 1], ctx (B, C) -> velocity (B, H, A)."""
         assert x_t.shape[1:] == (self.horizon, self.action_dim), f"x_t has shape {x_t.shape}"
         assert t.shape == x_t.shape[:1], f"t has shape {t.shape}, expected {x_t.shape[:1]}"
+        # the time as sines and cosines of four frequencies
         angles = t[:, None] * math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0], device=t.device)
         clock = torch.cat([angles.sin(), angles.cos()], dim=-1)                 # (B, 8)
         return self.head(torch.cat([x_t.flatten(1), clock, ctx], dim=-1)).view_as(x_t)
@@ -176,22 +180,6 @@ def looks_at(maps):
     return torch.cat([chance.sum(2) @ x, chance.sum(3) @ y], dim=-1)
 
 
-def shift(images, pixels=4):
-    """Images (B, cameras, 3, height, width) moved by up to 4 pixels, their edges repeated.
-
-    Random shifts (Yarats et al. 2021) are meant to keep a net from learning a few demos' pixels by
-    heart. With 58 demos of 04 they made no difference that 64 episodes could show.
-    """
-    flat, (height, width) = images.flatten(0, 1), images.shape[-2:]
-    device, n = images.device, len(flat)
-    move = torch.randint(-pixels, pixels + 1, (2, n, 1), device=device)
-    rows = (torch.arange(height, device=device) + move[0]).clamp(0, height - 1)   # (n, height)
-    columns = (torch.arange(width, device=device) + move[1]).clamp(0, width - 1)  # (n, width)
-    each = torch.arange(n, device=device)[:, None, None]
-    moved = flat[each, :, rows[:, :, None], columns[:, None]]                # (n, height, width, 3)
-    return moved.permute(0, 3, 1, 2).reshape(images.shape)
-
-
 # ------------------------------------------------------------------------------------------------
 # Flow matching, ODE sampling, few-shot SFT
 
@@ -226,26 +214,23 @@ def ode_sample(policy, obs, num_steps, x_1=None):
     return ode_path(policy, obs, num_steps, x_1)[:, -1]
 
 
-def train_sft(policy, obs, chunks, steps, lr=1e-3, batch_size=256, desc="SFT"):
+def train_sft(policy, obs, chunks, steps, lr=1e-3, batch_size=256):
     """Supervised fine-tuning on demonstrations: obs dict of N rows, chunks (N, H, A) in env units.
 
     obs may hold anything that gives rows by index, images on disk for example. Returns the mean
     flow matching loss of the last tenth of the steps.
     """
-    if len(chunks) == 0:
-        raise ValueError("no demonstrations to train on: give --num-demos at least 1")
+    if len(chunks) == 0 or steps < 1:
+        raise ValueError("nothing to train on: give --num-demos and --sft-steps at least 1")
     device = policy.action_centre.device
     policy.fit_normalisation(obs, chunks)
     x_0 = policy.normalise(chunks.to(device))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
-    for _ in tqdm(range(steps), desc=desc, disable=None, leave=False):
+    for _ in tqdm(range(steps), desc="SFT", disable=None, leave=False):  # None: only in a terminal
         rows = torch.randint(len(x_0), (batch_size,))
-        batch = to_torch(take(obs, rows), device)
-        if "rgb" in batch:
-            batch["rgb"] = shift(batch["rgb"])
-        loss = flow_matching_loss(policy, batch, x_0[rows])
+        loss = flow_matching_loss(policy, to_torch(take(obs, rows), device), x_0[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -275,16 +260,17 @@ def save_checkpoint(path, **content):
 
 
 def load_policy(path, device="cpu"):
-    """-> (FlowPolicy, whole checkpoint) from a file of `save_checkpoint(config=, policy=, ...)`."""
+    """-> FlowPolicy from a file of `save_checkpoint(path, config=, policy=, ...)`."""
     checkpoint = torch.load(path, map_location=device, weights_only=False)
     policy = FlowPolicy(**checkpoint["config"]).to(device)
     policy.load_state_dict(checkpoint["policy"])
-    return policy, checkpoint
+    return policy
 
 
 # ------------------------------------------------------------------------------------------------
 # Playing episodes. Every world here is a gymnasium VectorEnv whose action is a whole chunk (H, A);
-# info["executed"] counts the actions of the chunk that ran before the episode ended.
+# info["executed"] counts the actions of the chunk that ran before the episode ended, and
+# info["success"] says how it ended.
 
 
 class SimulatorDied(RuntimeError):
@@ -295,9 +281,9 @@ def play(act, envs, seeds, desc=None):
     """Plays one episode per seed and returns (success (episodes,) bool, rows).
 
     act(obs) -> (actions (N, H, A) in environment units, dict of tensors (N, ...) to record).
-    A slot whose episode ends takes the next seed at once, so short episodes never wait for long
-    ones. rows holds one entry per executed chunk: obs, episode (index into seeds), mask (H,) of
-    executed actions, and what act recorded.
+    A slot (one of the N simulators) whose episode ends takes the next seed at once, so short
+    episodes never wait for long ones. rows holds one entry per executed chunk: obs, episode (index
+    into seeds), mask (H,) of executed actions, and what act recorded.
     """
     num_envs, seeds = envs.num_envs, list(seeds)
     success = np.zeros(len(seeds), dtype=bool)
@@ -323,9 +309,8 @@ def play(act, envs, seeds, desc=None):
             raise SimulatorDied([int(seeds[e]) for e in episode if e >= 0]) from error
         playing = torch.from_numpy(np.flatnonzero(episode >= 0))
         mask = torch.arange(actions.shape[1]) < torch.as_tensor(info["executed"])[:, None]
-        row = {**record, "episode": torch.from_numpy(episode.copy()), "mask": mask}
-        rows.append({k: v[playing.to(v.device)] for k, v in row.items()}
-                    | {"obs": take(obs, playing)})
+        row = {**record, "episode": torch.from_numpy(episode), "mask": mask}
+        rows.append({**take(row, playing), "obs": take(obs, playing)})
         over = (terminated | truncated) & (episode >= 0)
         success[episode[over]] = info["success"][over]
         bar.update(int(over.sum()))
@@ -361,6 +346,14 @@ def wilson(success):
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
+def report(name, success, what):
+    """Prints a success rate with its interval -> the rate."""
+    low, high = wilson(success)
+    print(f"{name}: success {success.mean():.3f} [{low:.3f}, {high:.3f}] over {len(success)} "
+          f"episodes, ODE, {what}", flush=True)
+    return float(success.mean())
+
+
 # ------------------------------------------------------------------------------------------------
 # The toy world
 
@@ -372,17 +365,14 @@ class GapWorld(gym.vector.VectorEnv):
     `start_width` is the half-width of the start positions: 0.3 in the demos, 0.9 in the test.
     """
 
-    gap, goal, goal_radius, speed, max_steps = 0.06, np.array([0.8, 0.0]), 0.08, 0.15, 24
+    gap, goal, goal_radius = 0.06, np.array([0.8, 0.0]), 0.08     # gap: half of its height
+    speed, max_steps = 0.15, 24                                   # longest move, time limit
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
     def __init__(self, num_envs, start_width=0.9, horizon=4):
         self.num_envs, self.start_width, self.horizon = num_envs, start_width, horizon
-        box = gym.spaces.Box
-        self.single_observation_space = gym.spaces.Dict({"state": box(-1, 1, (3,))})
-        self.single_action_space = box(-1, 1, (horizon, 2))
-        batch_space = gym.vector.utils.batch_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = gym.spaces.Dict({"state": gym.spaces.Box(-1, 1, (num_envs, 3))})
+        self.action_space = gym.spaces.Box(-1, 1, (num_envs, horizon, 2))
         self.position, self.gap_y = np.zeros((num_envs, 2)), np.zeros(num_envs)
         self.steps, self.over = np.zeros(num_envs, int), np.ones(num_envs, bool)
 
@@ -411,7 +401,7 @@ class GapWorld(gym.vector.VectorEnv):
             along = -old[:, 0] / np.where(crosses, new[:, 0] - old[:, 0], 1)
             y_wall = old[:, 1] + along * (new[:, 1] - old[:, 1])
             crashed = crosses & (np.abs(y_wall - self.gap_y) > self.gap)
-            new[crashed] = np.column_stack([np.zeros_like(y_wall), y_wall])[crashed]
+            new[crashed, 0], new[crashed, 1] = 0, y_wall[crashed]
             self.position, self.steps = new, self.steps + live
             executed += live
             arrived = np.linalg.norm(new - self.goal, axis=1) < self.goal_radius
@@ -448,8 +438,8 @@ def sliding_chunks(actions, horizon, action_repeat=1):
     return chunks.unflatten(1, (horizon, action_repeat)).mean(2)
 
 
-def toy_demos(num_demos, seed, horizon=4):
-    """Demos of the expert from the narrow starts -> (obs {"state": (N, 3)}, chunks (N, H, 2))."""
+def toy_demos(num_demos, seed):
+    """Demos of the expert from the narrow starts -> (obs {"state": (N, 3)}, chunks (N, 4, 2))."""
     envs = GapWorld(num_demos, start_width=0.3, horizon=1)
 
     def act(obs):
@@ -458,7 +448,7 @@ def toy_demos(num_demos, seed, horizon=4):
 
     _, rows = play(act, envs, range(seed * 1000, seed * 1000 + num_demos))
     by_demo = [rows["episode"] == demo for demo in range(num_demos)]
-    chunks = torch.cat([sliding_chunks(rows["action"][demo], horizon) for demo in by_demo])
+    chunks = torch.cat([sliding_chunks(rows["action"][demo], 4) for demo in by_demo])
     return {"state": torch.cat([rows["obs"]["state"][demo] for demo in by_demo])}, chunks
 
 
@@ -467,7 +457,7 @@ def toy_policy(seed=0, num_demos=6, steps=3000, folder="runs/01_flow_policy"):
     path = Path(folder) / f"sft_demos{num_demos}_steps{steps}_seed{seed}.pt"
     if path.exists():
         print(f"{path}: loaded")
-        return load_policy(path)[0]
+        return load_policy(path)
     print(f"{path} is missing: training it")
     torch.manual_seed(seed)
     policy = FlowPolicy(horizon=4, action_dim=2, state_dim=3)
@@ -513,8 +503,8 @@ def main():
     add("--episodes", type=int, default=1000, help="episodes per evaluation, on seeds 1000000 + i")
     add("--out", default="runs/01_flow_policy", help="folder of the checkpoint and the figure")
     args = parser.parse_args()
-    if args.num_demos < 1:
-        raise SystemExit("--num-demos 0: SFT needs at least one demonstration")
+    if min(args.num_demos, args.sft_steps) < 1:
+        raise SystemExit("--num-demos, --sft-steps: SFT needs at least one of each")
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()))
     torch.set_num_threads(1)  # on nets this small, threads only wait for each other
     start = time.time()
@@ -522,10 +512,8 @@ def main():
     rates, seeds = {}, range(EVAL_SEED, EVAL_SEED + args.episodes)
     for name, width in (("narrow", 0.3), ("wide", 0.9)):
         success = evaluate(policy, GapWorld(args.episodes, width), seeds, args.num_steps)
-        rates[name] = success.mean()
-        low, high = wilson(success)
-        print(f"{name} starts (y within {width}): success {rates[name]:.3f} [{low:.3f}, {high:.3f}]"
-              f" over {args.episodes} episodes, ODE with {args.num_steps} steps")
+        rates[name] = report(f"{name} starts (y within {width})", success,
+                             f"{args.num_steps} steps")
     fig, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4.5), layout="constrained")
     obs = {"state": torch.tensor([[-0.8, 0.5, -0.2]]).expand(200, 3)}
     path = policy.denormalise(ode_path(policy, obs, 32))[:, :, 0, 1]          # (200, 33)

@@ -1,19 +1,20 @@
 """02 - Wider space: sampling with noise, without changing what is sampled.
 
 The ODE of 01 turns one noise draw into one action chunk and explores only as widely as the demos.
-Noise in every denoising step widens it. But noise alone also blurs the distribution; the mean must
-step back by exactly as much as the noise adds (the score of x_t, which a flow knows: -x1_hat / t).
-With x0_hat = x_t - t v and x1_hat = x_t + (1 - t) v, the ends of the line through x_t, and dt the
-step from t to t_next:
+Noise in every denoising step widens it. But noise alone also blurs the distribution. To undo that,
+the mean steps back along the score of x_t (the gradient of its log density), which a flow knows
+without more training: -x1_hat / t. Here x0_hat = x_t - t v and x1_hat = x_t + (1 - t) v are the
+ends of the line through x_t, and dt = t - t_next:
 
     x_next ~ N(mean, std^2),   mean = (1 - t_next) x0_hat + (t_next - sigma^2 dt / (2 t)) x1_hat
                                std  = sigma sqrt(dt),     sigma = noise_level sqrt(t / (1 - t))
 
-With small steps the corrected SDE has the ODE's distribution at every t, yet every single step is a
-Gaussian with a known mean: the law that 03 learns from. Without the correction, samples drift wide
-of what the policy meant. The last step is noisy too (unlike in many samplers): RL must see every
-step it trains. New since 01: the noise; `path`, the record of all x_t and v along the way.
-Left out of the published code: log-probabilities, which this method never needs.
+With small steps this SDE (stochastic differential equation: the ODE plus noise) has the ODE's
+distribution at every t, its marginals, yet every single step is a Gaussian with a known mean: the
+law that 03 learns from. Without the correction, samples drift wide of what the policy meant. The
+last step is noisy too (unlike in many samplers): RL must see every step it trains. New since 01:
+the noise; `path`, the record of all x_t and v along the way.
+Left out of the published code: log-probabilities of paths, which this method never needs.
 
 Run:     python 02_sde_sampler.py          (about 15 s on one CPU core)
 Prints:  noise level against action spread, visited area, distance to the ODE's marginal, success.
@@ -34,7 +35,8 @@ flow = importlib.import_module("01_flow_policy")
 FINE = 64  # enough steps to see which sampler keeps the marginals; K = 4 blurs both a little
 
 # Borrowed from 01: ode_sample -> x_0 (B, H, A), the noiseless sampler;  GapWorld, the toy world;
-# play(act, envs, seeds) -> (success, rows), one episode per seed;  toy_policy, the SFT checkpoint.
+#   FlowPolicy.encode(obs) -> ctx (B, C), .velocity(x_t, t, ctx) -> (B, H, A), .denormalise;
+#   play(act, envs, seeds) -> (success, rows), an episode per seed;  toy_policy, the SFT checkpoint.
 
 # ------------------------------------------------------------------------------------------------
 # The grid, the noise and one step
@@ -46,12 +48,12 @@ def time_grid(num_steps):
 
 
 def noise_scale(times, noise_level):
-    """sigma_k at the start of each step: times (K+1,) -> (K,).   (Flow-SDE)
+    """sigma_k at the start of each step: times (K+1,) -> (K,).   (Flow-SDE, as in Flow-GRPO)
 
     At t = 1 the formula divides by zero; there, only the denominator uses the next grid time.
     """
     t, t_next = times[:-1], times[1:]
-    # sigma_k = a sqrt(t_k / (1 - t_k))
+    # sigma_k = a sqrt(t_k / (1 - t_k)),   a = noise_level
     return noise_level * torch.sqrt(t / (1 - torch.where(t == 1, t_next, t)))
 
 
@@ -104,7 +106,8 @@ def sde_sample(policy, obs, num_steps, noise_level, x_1=None, corrected=True, no
 
 
 def marginal_distance(a, b, projections=64):
-    """Sliced Wasserstein-1 distance of two equally large samples (N, H, A), in flow units.
+    """Sliced Wasserstein-1 distance of two equally large samples (N, H, A), in flow units: project
+    both on random directions, sort, compare.
 
     Zero for equal distributions, up to sampling noise; 1 is the half-range of the demos' actions.
     """
@@ -115,7 +118,7 @@ def marginal_distance(a, b, projections=64):
 
 
 def visited_area(success_and_rows, cell=0.05):
-    """Area of the world's (2 x 2) cells in which any chunk of the rollouts began."""
+    """Area of the world's (2 x 2) cells where a chunk began; takes what `play` returns."""
     positions = success_and_rows[1]["obs"]["state"][:, :2]
     return len({tuple(p) for p in (positions / cell).floor().int().tolist()}) * cell**2
 

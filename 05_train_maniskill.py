@@ -764,7 +764,7 @@ def evaluate_ood(policies, args, envs):
                                    args.num_steps, variant)
             log_test(args, name, axis, variant, success)
             rates[name].setdefault(axis, []).append(
-                nft.report(f"{axis}, {variant}, {name}", success, f"seeds {OOD}.."))
+                flow.report(f"{axis}, {variant}, {name}", success, f"seeds {OOD}.."))
     envs.call("change", {})
     axes = list(rates[name])
     print(f"{'':<12}" + "".join(f"{axis:>17}" for axis in [*axes, "OOD mean"]))
@@ -869,7 +869,7 @@ def baseline_advantages(args, policy, critic, batch, success, device):
 def pretrain(args, out, device):
     """Demos -> SFT -> sft.pt; or the clone of another run, so that methods start from one."""
     if args.sft:
-        policy, _ = flow.load_policy(args.sft, device)
+        policy = flow.load_policy(args.sft, device)
     else:
         torch.manual_seed(args.seed)
         language = args.task == "PutOnPad-v1"
@@ -884,7 +884,7 @@ def pretrain(args, out, device):
 
 def evaluate(name, policy, args, envs, first, episodes):
     success = nft.evaluate(policy, envs, range(first, first + episodes), args.num_steps, name)
-    return nft.report(name, success, f"seeds {first}..{first + episodes - 1}"), success
+    return flow.report(name, success, f"seeds {first}..{first + episodes - 1}"), success
 
 
 def test_all(policies, args, envs):
@@ -910,7 +910,7 @@ def train(args, envs, out, device):
     if not args.resume and nft.rank_of()[0] == 0:
         pretrain(args, out, device)
     nft.gather([0])  # the other ranks wait here
-    sft, _ = flow.load_policy(out / "sft.pt", device)
+    sft = flow.load_policy(out / "sft.pt", device)
     policy, old, best = (copy.deepcopy(sft) for _ in range(3))  # old acts, policy learns
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     acting, learning = nft.method(args)
@@ -1016,7 +1016,7 @@ def check(args):
 def run(args, envs, device):
     out, start = Path(args.out), time.time()
     if args.eval_only:
-        policy, _ = flow.load_policy(args.eval_only, device)
+        policy = flow.load_policy(args.eval_only, device)
         rate, = test_all({args.eval_only: policy}, args, envs)
         print(f"RESULT task={args.task} success={rate:.3f} episodes={args.test_episodes} "
               f"seconds={time.time() - start:.0f}")

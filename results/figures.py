@@ -77,7 +77,7 @@ def record(policy_file):
         raise SystemExit(f"{policy_file} is missing: run 03_step_loss.py --noise-level 0.5 --out "
                          f"{Path(policy_file).parent} first")
     torch.manual_seed(0)
-    sft, trained = flow.toy_policy(0), flow.load_policy(policy_file)[0]
+    sft, trained = flow.toy_policy(0), flow.load_policy(policy_file)
     K, data = 4, {"start": START, "noise": WIDE}
 
     def chunks(policy, noise):
@@ -288,20 +288,40 @@ def ablations(folder):
     save(fig, "ablations")
 
 
-def libero(folder, task="task0"):
-    logs = sorted(folder.glob(f"{task}_seed[0-9].csv"))
-    tests = sorted(folder.glob(f"{task}_seed[0-9]_test.csv"))
+def libero(folder, runs, title, name):
+    """One run or several seeds: validation while training, and the test before and after; the
+    test's groups are kinds of starts, and suites if LIBERO-PRO's variants were played."""
+    logs, tests = (sorted(folder.glob(f"{runs}_seed[0-9]{end}.csv")) for end in ("", "_test"))
     if not logs:
-        return skipped("libero", f"{folder.name}/{task}_seed*.csv")
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3), width_ratios=(1.6, 1))
+        return skipped(name, f"{folder.name}/{runs}_seed*.csv")
+    rows = []
+    for i, path in enumerate(tests):
+        for row in pooled(read(path)):
+            variant = row["suite"].removeprefix("libero_object")
+            rows.append((variant or row["starts"].replace(" ", "\n", 1), i, row["policy"],
+                         *numbers(row)))
+    groups = list(dict.fromkeys(row[0] for row in rows))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3), width_ratios=(4, len(groups)))
     draw_curves(left, logs, BLUE)
     left.set(ylim=(0, 1.02), xlabel="training episodes, thousands", ylabel="success",
-             title=f"LIBERO-Object task 0, validation while training, {count(logs)}")
+             title=f"LIBERO-Object, {title}, validation, {count(logs)}")
     left.legend(loc="lower right", handlelength=1.5)
-    rows = [(r["starts"].replace(" ", "\n", 1), i, r["policy"], *numbers(r))
-            for i, path in enumerate(tests) for r in read(path) if r["suite"] == "libero_object"]
-    draw_before_after(right, rows, sorted({row[0] for row in rows}, reverse=True))
-    save(fig, "libero")
+    draw_before_after(right, rows, groups)
+    save(fig, name)
+
+
+def pooled(rows):
+    """Rows of test.csv, a task each -> one for all tasks of a policy, suite and kind of starts."""
+    found = []
+    for policy, suite, starts in dict.fromkeys((r["policy"], r["suite"], r["starts"])
+                                               for r in rows):
+        own = [r for r in rows if (r["policy"], r["suite"], r["starts"]) == (policy, suite, starts)]
+        episodes = [int(r["episodes"]) for r in own]
+        won = round(sum(n * float(r["success"]) for n, r in zip(episodes, own)))
+        low, high = flow.wilson(np.arange(sum(episodes)) < won)
+        found.append({"policy": policy, "suite": suite, "starts": starts, "low": low, "high": high,
+                      "episodes": sum(episodes), "success": won / sum(episodes)})
+    return found
 
 
 def maniskill(folder):
@@ -402,7 +422,8 @@ def main():
         hero(toy)
         method(toy)
         ablations(RESULTS / "03_compare_lr3e-4")
-        libero(RESULTS / "04_train_libero")
+        libero(RESULTS / "04_train_libero", "task0", "task 0", "libero")
+        libero(RESULTS / "04_train_libero", "ten_tasks", "ten tasks", "libero_ten")
         maniskill(RESULTS / "05_train_maniskill")
         ood(RESULTS / "05_train_maniskill/ood.csv")
 

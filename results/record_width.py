@@ -90,7 +90,7 @@ def record(name, before, after, noise_level, episodes=48, num_envs=8, placement=
     """-> results/benchmark_width/NAME.npz, for the notebook."""
     torch.manual_seed(0)
     envs, args, first = open_envs(name, num_envs, flags)
-    sft, trained = (flow.load_policy(path)[0] for path in (before, after))
+    sft, trained = (flow.load_policy(path) for path in (before, after))
     start = time.time()
     try:
         candidates = range(first, first + 12) if placement is None else [first + placement]

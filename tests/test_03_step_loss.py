@@ -970,7 +970,7 @@ def test_the_script_trains_logs_and_saves(workplace):
     assert log["iteration"].tolist() == [0, 1] and log["episodes"].tolist() == [8, 16]
     assert log["alpha"][0] == pytest.approx(0.1)
     assert log["eval_ode"][1] == pytest.approx(result["stepnft"], abs=1e-3)
-    policy, _ = flow.load_policy(workplace / "out" / "policy.pt")
+    policy = flow.load_policy(workplace / "out" / "policy.pt")
     test = range(flow.EVAL_SEED, flow.EVAL_SEED + 1000)
     assert flow.evaluate(policy, flow.GapWorld(1000), test).mean() == pytest.approx(
         result["stepnft"], abs=2e-3)

@@ -134,8 +134,8 @@ MUTANTS = {
         ("(1 - t) * x_0[:, None] + t * noise", "t * x_0[:, None] + (1 - t) * noise"),  # time ends
         ("noise = policy.encode(obs), torch.randn(len(x_0), K,",
          "noise = policy.encode(obs), torch.randn(len(x_0), 1,"),          # one noise for all k
-        ("torch.randint(K, (rows, 1))", "torch.randint(K - 1, (rows, 1))"),  # skips the last step
-        ("torch.randint(K, (rows, 1))", "torch.randint(K, (1, 1)).expand(rows, 1)"),  # one k
+        ("torch.randint(K, (count, 1))", "torch.randint(K - 1, (count, 1))"),  # skips the last step
+        ("torch.randint(K, (count, 1))", "torch.randint(K, (1, 1)).expand(count, 1)"),  # one k
     ],
     (loss, "labels", (
         t3.test_labels_are_plus_and_minus_one_per_row,
@@ -157,7 +157,7 @@ MUTANTS = {
         ("times[k], times[k + 1]", "times[k + 1], times[k]"),              # time runs backwards
         ('each(batch["mask"])', "None"),                                   # mask ignored
         ('each(batch["y"])', 'each(-batch["y"])'),                         # wrong sign of y
-        ("ctx.repeat_interleave(steps, 0)", "ctx.repeat(steps, 1)"),       # another row's context
+        ("ctx.repeat_interleave(per_row, 0)", "ctx.repeat(per_row, 1)"),       # another row's context
         ("ctx = policy.encode(", 'policy.encode(batch["obs"])\n    ctx = policy.encode('),
         ("noise_scale(times, noise_level)", "noise_scale(times, 0.2)"),    # a deaf noise level
     ],
@@ -179,7 +179,7 @@ MUTANTS = {
         ("torch.randperm(", "torch.arange("),                              # never shuffled
         ("/ len(whole)", "/ (len(whole) + 1)"),                            # gradients too small
         ("order.split(size)", "order.split(2 * size)"),                    # twice the size
-        ("whole < first + rows", "whole < first + rows - 1"),              # a row left out
+        ("whole < first + count", "whole < first + count - 1"),              # a row left out
     ],
     (loss, "ema_decay", (t3.test_ema_decay_runs_a_half_cosine_from_start_to_end,)): [
         ("(1 + math.cos", "(1 - math.cos"),                                # from end to start
