@@ -306,6 +306,9 @@ def play(act, envs, seeds, desc=None):
             actions, record = act(obs)
             next_obs, _, terminated, truncated, info = envs.step(actions)
         except (EOFError, ConnectionError) as error:
+            for process in envs.processes:
+                process.kill()
+            envs.closed = True  # there is nobody left to say goodbye to
             raise SimulatorDied([int(seeds[e]) for e in episode if e >= 0]) from error
         playing = torch.from_numpy(np.flatnonzero(episode >= 0))
         mask = torch.arange(actions.shape[1]) < torch.as_tensor(info["executed"])[:, None]

@@ -524,6 +524,8 @@ def add_run_flags(parser, **defaults):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the policy")
     add("--seed", type=int, default=0, help="seed of demos, SFT, rollouts and updates, 0 to 7")
     add("--out", help="folder of logs and checkpoints")
+    add("--expert-only", action="store_true", help="test the scripted controller and stop")
+    add("--video", type=int, default=0, metavar="N", help="film N test episodes as mp4")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--eval-only", metavar="CHECKPOINT", help="test this policy and stop")
     parser.set_defaults(**defaults)
@@ -534,7 +536,8 @@ def check_run(args, wanted):
 
     wanted: what a loaded policy must have been built with, {config entry: (flag, value)}.
     """
-    out, fresh, sft = Path(args.out), not (args.resume or args.eval_only), vars(args).get("sft")
+    out, sft = Path(args.out), vars(args).get("sft")
+    fresh = not (args.resume or args.eval_only or args.expert_only)
     if args.num_demos < 1 and fresh:
         raise SystemExit("--num-demos 0: SFT needs at least one demonstration")
     if args.num_demos > 1000 or not 0 <= args.seed <= 7:
@@ -620,9 +623,10 @@ def draw_learning(log, success_ax, loss_ax):
     success_ax.set(xlabel="training episodes, thousands", ylabel="success", ylim=(0, 1.02))
     success_ax.legend(frameon=False)
     loss_ax.plot(played, log["loss"], color="#d55e00", lw=1)
-    loss_ax.axhline(math.log(2), color="0.6", ls="--", label="ln 2: the branches tie")
     loss_ax.set(xlabel="training episodes, thousands", ylabel="loss")
-    loss_ax.legend(frameon=False)
+    if "margin" in log:  # not PPO's loss
+        loss_ax.axhline(math.log(2), color="0.6", ls="--", label="ln 2: the branches tie")
+        loss_ax.legend(frameon=False)
 
 
 def draw_run(out):

@@ -61,7 +61,7 @@ nft = importlib.import_module("03_step_loss")
 #   share, gather: torchrun's ranks;  add_run_flags, add_method_flags, check_run: flags;
 #   method(args) -> keywords of rollout and of update;  start_seeds -> seeds, for grouped labels
 #   each 8 times;  seed_iteration: a random stream for each;  join_ranks, rank_of: torchrun;
-#   save, save_run, load_run: checkpoints;  report, log_row, draw_run: logs.
+#   save, save_run, load_run: checkpoints;  log_row, draw_run: logs.
 
 # The seed of an episode is TASK * task + placement. Placements 0-49 are the official initial
 # states, random ones start at 1000: demos, validation, test and training have ranges of their own.
@@ -743,7 +743,8 @@ def test(name, policy, args, envs, suite=None):
 
 def test_all(policies, args, envs):
     """The tables of the training suite and of --eval-suites, then videos of the last policy."""
-    (Path(args.out) / "test.csv").unlink(missing_ok=True)
+    if not args.eval_only:  # its rows are added, under the path of the policy
+        (Path(args.out) / "test.csv").unlink(missing_ok=True)
     rates = [test(name, policy, args, envs) for name, policy in policies.items()]
     if args.eval_suites or args.video:
         envs.close()  # two sets of simulators may be more than the memory
@@ -843,12 +844,10 @@ def parse_args():
         help="scripted, or a folder (or file) of LIBERO's official HDF5 demonstrations")
     add("--action-repeat", type=int, default=4, metavar="R",
         help="control steps (1/20 s) for which each action of a chunk is held")
-    add("--expert-only", action="store_true", help="test the scripted controller and stop")
     add("--skip-no-ops", action="store_true", help="leave out recorded steps that do nothing")
     add("--eval-suites", nargs="*", default=[], metavar="SUITE",
         help="further suites for the final test; _swap _object _lan _task are LIBERO-PRO's "
              "variants of --suite")
-    add("--video", type=int, default=0, metavar="N", help="film N test episodes as mp4")
     nft.add_run_flags(parser, num_demos=3, demo_noise=0.5, sft_steps=2000, iterations=10,
                       horizon=1, lr=3e-5, eval_every=5, eval_episodes=100, test_episodes=100,
                       num_envs=4 * len(os.sched_getaffinity(0)), out="runs/04_train_libero")
@@ -947,9 +946,6 @@ def main():
         run(args, envs, device)
         envs.close()
     except flow.SimulatorDied as error:
-        for process in envs.processes:
-            process.kill()
-        envs.closed = True  # there is nobody left to say goodbye to
         starts = [f"task {seed // TASK} from "
                   f"{'initial state' if seed % TASK < OFFICIAL else 'placement'} {seed % TASK} "
                   f"(seed {seed})" for seed in sorted({*error.args[0]})]

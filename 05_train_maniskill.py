@@ -6,16 +6,17 @@ gives a few demonstrations, flow matching clones them (SFT), reinforcement learn
 
     rollout (02: SDE, wide) -> label by success -> update (03: one-step ranking) -> EMA -> evaluate
 
-New since 03: simulators in worker processes (or thousands on a GPU), checkpoints and --resume,
-camera images (--obs rgb), PPO with a critic (--algo ppo) from the same clone (--sft), and a test
-out of distribution (--eval-ood: vision, semantic, execution; never trained on).
+New since 03: simulators in worker processes, checkpoints and --resume, camera images (--obs rgb),
+PPO with a critic (--algo ppo) from the same clone (--sft), and a test out of distribution
+(--eval-ood: vision, semantic, execution; never trained on). Many simulators in one process on a GPU
+(--backend physx_cuda) are written below but were never run. Read `train`, near the end, first.
 Defaults that differ from the paper's, because a few demos and two CPU cores are not a GPU cluster:
 all K denoising steps of a chunk are trained on, not one; each start is played eight times and
 labels are centered on its mean (a start that always fails says nothing); noise 0.3; the old policy
-follows quickly. Each is a flag. `--rollout ode --target endpoint --loss weighted` is the form of
-DiffusionNFT. Left out: the vision-language backbone.
+follows quickly. Each is a flag. `--rollout ode --target endpoint --loss weighted --labels binary`
+is the form of DiffusionNFT. Left out: the vision-language backbone.
 
-Run:     python 05_train_maniskill.py                       (about 5 minutes on two CPU cores)
+Run:     python 05_train_maniskill.py                       (4 to 8 minutes on two CPU cores)
          python 05_train_maniskill.py --task PutOnPad-v1 --num-demos 40 --sft-steps 3000
              --lr 3e-5 --dpo-beta 0.1 --eval-ood     (one line; 1000 SFT steps are too few)
          python 05_train_maniskill.py --eval-only runs/05_train_maniskill/best.pt
@@ -28,7 +29,7 @@ import argparse
 import copy
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -44,26 +45,35 @@ import torch
 flow = importlib.import_module("01_flow_policy")
 sde = importlib.import_module("02_sde_sampler")
 nft = importlib.import_module("03_step_loss")
-# Borrowed from 01: FlowPolicy;  train_sft(policy, obs, chunks, steps) -> loss;  sliding_chunks;
-#   play(act, envs, seeds) -> (success, rows);  load_policy;  wilson(success) -> 95 % interval.
+# Borrowed from 01: FlowPolicy;  train_sft(policy, obs, chunks, steps) -> loss;  load_policy(path);
+#   play(act, envs, seeds) -> (success, rows);  evaluate, the same with ODE actions -> success;
+#   take(obs, rows), to_torch(obs, device): observation dicts;  SimulatorDied, raised by play;
+#   wilson(success) -> 95 % interval;  report: prints it -> the rate.
 # Borrowed from 02: transition(x_t, v, t_cur, t_next, sigma) -> (mean, std).
-# Borrowed from 03: rollout -> (success, batch);  labels -> y;  update -> info;  ema_decay,
-#   ema_update;  ChunkEnv, worker_envs: simulators in processes;  share, gather: torchrun's ranks;
-#   follow, expert_demos -> (obs, chunks) of the scripted expert's successes;
-#   add_run_flags, add_method_flags, check_run;  save_run, load_run;  report, log_row, draw_run.
+# Borrowed from 03: start_seeds -> seeds, for grouped labels each 8 times;  rollout -> (success,
+#   batch), a row per chunk: obs, x, v, k, mask, episode;  labels -> y;  update -> info;  ema_decay,
+#   ema_update.  For PPO the parts of update: minibatches -> [(rows, weight)];  recorded_steps ->
+#   (ctx (b, C), {v_theta, v_old, x_t, ...});  optimise: one step -> info;  mean_info.
+#   ChunkEnv, worker_envs: simulators in processes;  follow, expert_demos -> (obs, chunks) of the
+#   scripted expert's successes;  evaluate, share, gather, join_ranks, rank_of: torchrun's ranks;
+#   method(args) -> keywords of rollout and of update;  seed_iteration: a random stream for each;
+#   add_run_flags, add_method_flags, check_run, check_method: flags;  save, save_run, load_run:
+#   checkpoints;  log_row, draw_run: logs.
 
 # Disjoint episodes: demos 0.., validation, test and OOD on their own ranges, training above them.
 VALIDATION, TEST, OOD, TRAIN = 1_000_000, 1_500_000, 1_700_000, 2_000_000
 
-ACTION_DIM, PROPRIO = 4, 5
+ACTION_DIM = 4  # hand dx dy dz (1 is REACH), gripper (-1 close, +1 open): pd_ee_delta_pos
+PROPRIO = 5  # what the robot feels of itself: hand 3, gripper opening, holding; `proprioception`
+REACH = 0.1  # metres that an action of 1 asks for
 CRITIC_LR = 1e-3  # PPO's value network starts from nothing, the policy does not
-REACH = 0.1  # metres that an action of 1 asks for (pd_ee_delta_pos)
 
 # ------------------------------------------------------------------------------------------------
 # The tasks. Each is a row: what may be moved, where it should come, and who shows how.
 
-# objects(env) -> actors;  goals(env) -> positions (n, 3) where an object's centre should come;
-# skill: which scripted controller;  max_steps: what it needs and half as much again.
+# env is ManiSkill's task, n copies side by side; an actor is a body in it, actor.pose.p its centre.
+# objects(env) -> actors;  goals(env) -> where their centres should come, a list of (n, 3);
+# skill: which scripted controller;  max_steps: what that one needs and half as much again.
 Task = namedtuple("Task", "objects goals skill max_steps")
 TASKS = {
     "PickCube-v1": Task(lambda env: [env.cube], lambda env: [env.goal_site.pose.p], "hold", 24),
@@ -75,7 +85,8 @@ TASKS = {
     "PutOnPad-v1": Task(lambda env: env.things, lambda env: list(env.pad_places.unbind(1)),
                         "place", 40),
 }
-# PutOnPad-v1, ours: an instruction names one of six things and one of three pads.
+# PutOnPad-v1, ours: an instruction names one of six things and one of three pads. A thing is a
+# number 0-5, 2 * colour + shape, a pad 0-2, its colour. A slot counts both: things 0-5, pads 6-8.
 COLOURS = {"red": (0.9, 0.1, 0.1, 1), "green": (0.1, 0.7, 0.1, 1), "blue": (0.1, 0.2, 0.9, 1)}
 SHAPES = "cube", "cylinder"
 COMBINATIONS = [(thing, pad) for thing in range(6) for pad in range(3)]
@@ -91,7 +102,7 @@ def raised(position, height):
 
 @functools.cache
 def register_put_on_pad():
-    """PutOnPad-v1 the ManiSkill way; inside a function, for only workers load the simulator.
+    """PutOnPad-v1 the ManiSkill way; inside a function, so that importing 05 loads no simulator.
 
     Two things and two pads stand on a 2 x 4 grid of places, 12 cm apart and jittered by 2 cm; the
     others are parked behind the robot. Success: the right thing lies still on the right pad, and
@@ -108,13 +119,10 @@ def register_put_on_pad():
 
     @register_env("PutOnPad-v1", max_episode_steps=60)
     class PutOnPad(BaseEnv):
-        SUPPORTED_ROBOTS = ["panda"]
         half, pad_half = 0.02, 0.035                              # m
+        # what the OOD suite changes; distractors: how many other things, how many other pads are
+        # shown; spread: scales the grid of places
         combinations, sentence, distractors, spread = TRAINED, SENTENCE, (1, 1), 1.0
-
-        def __init__(self, *args, robot_uids="panda", robot_init_qpos_noise=0.02, **kwargs):
-            self.robot_init_qpos_noise = robot_init_qpos_noise
-            super().__init__(*args, robot_uids=robot_uids, **kwargs)
 
         @property
         def _default_sensor_configs(self):
@@ -125,7 +133,7 @@ def register_put_on_pad():
             super()._load_agent(options, sapien.Pose([-0.615, 0, 0]))
 
         def _load_scene(self, options):
-            self.table_scene = TableSceneBuilder(self, self.robot_init_qpos_noise)
+            self.table_scene = TableSceneBuilder(self)
             self.table_scene.build()
             n, self.things, self.pads = self.num_envs, [], []
             for name, colour in COLOURS.items():
@@ -138,6 +146,7 @@ def register_put_on_pad():
                 self.pads.append(actors.build_box(self.scene, flat, name=f"{name} pad",
                                                   body_type="kinematic", add_collision=False,
                                                   **parked))
+            # of the episode: slots of the thing and pad that are named; slots that are shown
             self.target, self.goal = torch.zeros(2, n, dtype=torch.long, device=self.device)
             self.shown = torch.zeros(n, 9, dtype=torch.bool, device=self.device)
             self.pad_places = torch.zeros(n, 3, 3, device=self.device)
@@ -167,6 +176,7 @@ def register_put_on_pad():
             poses[..., 2] = self.half
             self.pad_places[env_idx] = poses[:, 6:]
             for k, actor in enumerate([*self.things, *self.pads]):
+                # a cylinder's axis is x: turn it up; a pad lies at 0.05 half, its half thickness
                 upright = [0.5**0.5, 0, 0.5**0.5, 0] if k % 2 and k < 6 else [1, 0, 0, 0]
                 place = poses[:, k] if k < 6 else poses[:, k] * poses.new_tensor([1, 1, 0.05])
                 actor.set_pose(Pose.create_from_pq(place, upright))
@@ -257,21 +267,15 @@ def draw_with(name):
 
 
 def check_task(task):
-    """One clear line for a task that does not exist, has no controller, or wants a download."""
-    import mani_skill.envs  # noqa: F401  (importing it registers the tasks)
-    from mani_skill.utils import assets
-    from mani_skill.utils.registration import REGISTERED_ENVS
+    """One clear line for a task that does not exist or has no controller here."""
+    if importlib.util.find_spec("mani_skill") is None:
+        raise SystemExit("no ManiSkill: pip install mani_skill")
     if task in TASKS:
         return
+    import mani_skill.envs  # noqa: F401  (importing it registers the tasks)
+    from mani_skill.utils.registration import REGISTERED_ENVS
     if task not in REGISTERED_ENVS:
         raise SystemExit(f"--task {task} is not a ManiSkill task; try {', '.join(TASKS)}")
-    needed = []
-    for name in REGISTERED_ENVS[task].asset_download_ids or []:
-        needed += (assets.expand_data_group_into_individual_data_source_ids(name)
-                   if name in assets.DATA_GROUPS else [name])
-    if not all(assets.is_data_source_downloaded(name) for name in needed):
-        raise SystemExit(f"--task {task} needs a download: run "
-                         f"`python -m mani_skill.utils.download_asset {task}` first")
     raise SystemExit(f"--task {task} has no scripted controller here to take demos from; "
                      f"choose {', '.join(TASKS)}, or write one beside `expert`")
 
@@ -281,7 +285,8 @@ class ManiSkillSim:
 
     It steps ManiSkill's BaseEnv below env.step, so nothing is built that nobody reads: no reward,
     no observation inside a chunk. Physics and the success check are ManiSkill's own.
-    renderer: of find_renderer, or None to draw nothing. changes: one variant of the OOD suite.
+    renderer: of find_renderer, or None to draw nothing. changes: what a variant of the OOD suite
+    changes, {what: how much}, as the tables below have it (STATE_VISION to STARTS).
     """
 
     def __init__(self, task, num_envs=1, backend="physx_cpu", obs="state", renderer=None,
@@ -299,7 +304,10 @@ class ManiSkillSim:
                             render_backend=renderer or "none",
                             control_mode="pd_ee_delta_pos").unwrapped
         self.num_envs, self.seeds = num_envs, np.zeros(num_envs, np.int64)
-        for goal in self.env._hidden_objects if obs == "rgb" else []:
+        # of what a variant draws; the episode itself is ManiSkill's
+        self.rngs, self.clock = [None] * num_envs, np.zeros(num_envs, int)
+        self.bias, self.moves = np.zeros((2, num_envs, 3), np.float32)  # directions
+        for goal in self.env._hidden_objects if renderer else []:
             goal.show_visual()  # a goal that nobody sees cannot be reached
         self.env._hidden_objects = []
         self.initialize = self.env._initialize_episode
@@ -325,36 +333,34 @@ class ManiSkillSim:
                     shape.set_physical_material(sapien.physx.PhysxMaterial(
                         changes["friction"] * old.static_friction,
                         changes["friction"] * old.dynamic_friction, old.restitution))
-        if "table" in changes or "tint" in changes:
-            self.repaint()
+        if "table" in changes:
+            for material in self.materials(env.table_scene.table._objs):
+                material.set_base_color_texture(None)
+                material.set_base_color([*changes["table"], 1])
+        if "tint" in changes:  # shades of the things' colours that were never seen
+            # all copies of a thing share the material of the first
+            for material in self.materials([a._objs[0] for a in self.task.objects(env)]):
+                now = np.float32(material.base_color[:3])
+                material.set_base_color([*(now + changes["tint"] * (now[::-1] - now)), 1])
         if "light" in changes:
             import sapien
-            env.scene.sub_scenes[0].set_ambient_light([0.3 * changes["light"]] * 3)
-            for entity in env.scene.sub_scenes[0].entities:
-                for part in entity.components:
+            for scene in env.scene.sub_scenes:
+                scene.set_ambient_light([0.3 * changes["light"]] * 3)
+                for part in [c for entity in scene.entities for c in entity.components]:
                     if isinstance(part, sapien.render.RenderLightComponent):
                         part.color = part.color * changes["light"]
         if "camera" in changes:
-            camera = env._sensors["base_camera"].camera._render_cameras[0]
-            pose = camera.local_pose
-            pose.p = pose.p + np.float32(changes["camera"])
-            camera.local_pose = pose
+            for camera in env._sensors["base_camera"].camera._render_cameras:
+                pose = camera.local_pose
+                pose.p = pose.p + np.float32(changes["camera"])
+                camera.local_pose = pose
 
-    def repaint(self):
-        """A table of one colour, and shades of the things' colours that were never seen."""
+    def materials(self, entities):
+        """What the visible parts of these are painted with."""
         import sapien
-        env, tint = self.env, np.float32(self.changes.get("tint", 0))
-        table = [(env.table_scene.table, self.changes.get("table"))]
-        for actor, colour in table + [(a, None) for a in self.task.objects(env)]:
-            body = actor._objs[0].find_component_by_type(sapien.render.RenderBodyComponent)
-            shapes = body.render_shapes
-            for part in (p for shape in shapes for p in getattr(shape, "parts", [shape])):
-                if colour is not None:
-                    part.material.set_base_color_texture(None)
-                    part.material.set_base_color([*colour, 1])
-                elif actor is not env.table_scene.table:
-                    now = np.float32(part.material.base_color[:3])
-                    part.material.set_base_color([*(now + tint * (now[::-1] - now)), 1])
+        kind = sapien.render.RenderBodyComponent
+        shapes = [s for e in entities for s in e.find_component_by_type(kind).render_shapes]
+        return [part.material for shape in shapes for part in getattr(shape, "parts", [shape])]
 
     def reset(self, seeds, which):
         """Starts episode seeds[j] in env which[j]; a seed is the same episode at any time."""
@@ -362,19 +368,16 @@ class ManiSkillSim:
         index = torch.as_tensor(which, device=self.env.device)
         if not self.env.gpu_sim_enabled:
             self.fresh_physics()
-        _, self.info = self.env.reset(seed=self.seeds.tolist(), options={"env_idx": index})
+        self.env.reset(seed=self.seeds.tolist(), options={"env_idx": index})
         if not self.env.gpu_sim_enabled:
             for body in self.bodies():
                 body.wake_up()  # the time a body has rested starts at zero
-        if not hasattr(self, "rngs"):  # of what a variant draws; the episode itself is ManiSkill's
-            self.rngs, self.clock = [None] * self.num_envs, np.zeros(self.num_envs, int)
-            self.bias, self.moves = np.zeros((2, self.num_envs, 3), np.float32)
         for i in which:
             self.rngs[i], self.clock[i] = np.random.default_rng(self.seeds[i]), 0
             direction = self.rngs[i].standard_normal(3)
             self.bias[i] = direction / np.linalg.norm(direction)
             self.moves[i] = [*direction[:2] / np.linalg.norm(direction[:2]), 0]
-        self.fresh = np.zeros(self.num_envs, bool)
+        self.fresh = np.zeros(self.num_envs, bool)  # reset, and not moved since: proprioception
         self.fresh[which] = True
 
     def bodies(self):
@@ -420,8 +423,8 @@ class ManiSkillSim:
         else:
             self.aim(actions[0])
             self.env._step_action(None)  # physics towards the joint targets just set
-        self.info, self.fresh[:] = self.env.evaluate(), False
-        return self.info["success"].cpu().numpy()
+        self.fresh[:] = False
+        return self.env.evaluate()["success"].cpu().numpy()
 
     def move(self):
         """Shifts the object once, in its fifth control step, by changes["moved"] metres."""
@@ -571,7 +574,7 @@ def expert(skill, proprio, to_object, to_goal):
 
 
 class OneSim:
-    """The same for n = 1 without the batch dimension: what ChunkEnv of 03 drives in a worker.
+    """ManiSkillSim with n = 1, without the batch dimension: what ChunkEnv drives in a worker.
 
     demo_noise: also observe the expert's action, and add noise of this std to what is executed, so
     that the demos also show how to recover. film: (folder, time limit) for an mp4 of each episode.
@@ -624,7 +627,7 @@ class CudaEnvs(gym.vector.VectorEnv):
         self.steps, self.over = np.zeros(num_envs, int), np.ones(num_envs, bool)
         self.rng = np.random.default_rng(0)
 
-    def call(self, name, changes):
+    def call(self, name, changes):  # what AsyncVectorEnv.call("change", changes) does to workers
         self.sim.env.close()
         self.sim = self.make_sim(changes=changes)
 
@@ -685,7 +688,7 @@ def make_envs(args, demo_noise=None, film=None):
                                  film=film and (film, args.max_steps))
     make = functools.partial(TaskEnv, make_sim, gym.spaces.Dict(space), ACTION_DIM,
                              max_steps, args.horizon)
-    return nft.worker_envs(make, args.num_envs)
+    return nft.worker_envs(make, min(args.num_envs, args.video) if film else args.num_envs)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -700,10 +703,10 @@ def collect_demos(args):
 
 
 def test_expert(args):
-    """--expert-only: the scripted controller, without noise, on every task or on --task."""
-    rates, start = [], time.time()
+    """--expert-only: the controller without noise, on --task or all; --eval-ood: each variant."""
+    rates, start, limit = [], time.time(), args.max_steps
     for task in TASKS if args.task == "all" else [args.task]:
-        args.task, args.max_steps = task, TASKS[task].max_steps
+        args.task, args.max_steps = task, limit or TASKS[task].max_steps
         envs, seeds = make_envs(args, demo_noise=0), range(TEST, TEST + args.test_episodes)
         for axis, variant, changes in variants(args) if args.eval_ood else [("", "", {})]:
             envs.call("change", changes)
@@ -827,7 +830,7 @@ def ppo_update(policy, critic, optimizer, batch, *, noise_level, epochs, minibat
 
     batch["y"] holds the advantages; with a critic also batch["returns"]. critic=None is GRPO.
     """
-    infos = []
+    infos, learners = [], torch.nn.ModuleList([policy, critic] if critic else [policy])
     order = [p for _ in range(epochs) for p in nft.minibatches(len(batch["y"]), minibatch)]
     for rows, weight in order:
         ctx, steps = nft.recorded_steps(policy, batch, rows, noise_level)
@@ -842,7 +845,6 @@ def ppo_update(policy, critic, optimizer, batch, *, noise_level, epochs, minibat
             returns = batch["returns"][rows].to(ctx.device)
             value_loss = torch.nn.functional.huber_loss(critic(ctx), returns, delta=huber_delta)
             loss, info = loss + value_loss, {**info, "value_loss": value_loss}
-        learners = torch.nn.ModuleList([policy, critic] if critic else [policy])
         infos.append(nft.optimise(learners, optimizer, loss, {"loss": loss, **info}, weight,
                                   grad_clip))
     return nft.mean_info(infos)
@@ -890,7 +892,8 @@ def evaluate(name, policy, args, envs, first, episodes):
 def test_all(policies, args, envs):
     """The test, on request the OOD suite and films of the last policy -> success of each."""
     out, rates = Path(args.out), []
-    (out / "test.csv").unlink(missing_ok=True)
+    if not args.eval_only:  # its rows are added, under the path of the policy
+        (out / "test.csv").unlink(missing_ok=True)
     for name, policy in policies.items():
         rate, success = evaluate(f"test, {name}", policy, args, envs, TEST, args.test_episodes)
         log_test(args, name, "test", "as in training", success)
@@ -906,7 +909,7 @@ def test_all(policies, args, envs):
 
 
 def train(args, envs, out, device):
-    """SFT -> pi-StepNFT. Returns (SFT policy, best policy, state)."""
+    """SFT, then RL by --algo. Returns (SFT policy, best policy, state)."""
     if not args.resume and nft.rank_of()[0] == 0:
         pretrain(args, out, device)
     nft.gather([0])  # the other ranks wait here
@@ -920,13 +923,14 @@ def train(args, envs, out, device):
         critic = Critic(policy.context_dim).to(device)
         optimizer.add_param_group({"params": critic.parameters(), "lr": CRITIC_LR})
     validation = VALIDATION, args.eval_episodes
-    state = {"iteration": 0, "env_steps": 0, "best_rate": -1.0}
+    state = {"iteration": 0, "env_steps": 0, "best_rate": -1.0, "algo": args.algo}
     if args.resume:
         state = nft.load_run(out / "last.pt", policy, old, best, optimizer, device)
         if critic:
             critic.load_state_dict(state["critic"])
     elif args.iterations:
         state["best_rate"], _ = evaluate("validation, SFT", sft, args, envs, *validation)
+        nft.save(out / "best.pt", best)
 
     while state["iteration"] < args.iterations:
         start, i = time.time(), state["iteration"]
@@ -975,19 +979,16 @@ def parse_args():
     add("--task", default="PickCube-v1", help=f"{', '.join(TASKS)}; all, with --expert-only")
     add("--obs", default="state", choices=["state", "rgb"],
         help="offsets of objects and goals, or a camera (needs a Vulkan driver); and the hand")
-    add("--backend", default=None, choices=["physx_cpu", "physx_cuda"],
-        help="of the physics; default: physx_cuda when --device is cuda. On a GPU one process "
-             "holds all --num-envs (try 512)")
+    add("--backend", default="physx_cpu", choices=["physx_cpu", "physx_cuda"],
+        help="of the physics; physx_cuda, never run: one process holds all --num-envs (try 512)")
     add("--algo", default="stepnft", choices=["stepnft", "ppo", "grpo"],
         help="stepnft: the method; ppo: the critic baseline; grpo: PPO's objective with the "
              "group's mean in the critic's place")
     add("--sft", metavar="CHECKPOINT", help="start from this sft.pt instead of training one")
-    add("--expert-only", action="store_true", help="test the scripted controller and stop")
     add("--eval-ood", action="store_true", help="also test out of distribution")
     add("--ood-episodes", type=int, default=200, help="episodes of each OOD variant")
-    add("--video", type=int, default=0, metavar="N", help="film N test episodes as mp4")
     nft.add_run_flags(parser, iterations=18, eval_every=3, test_episodes=400,
-                      out="runs/05_train_maniskill")
+                      num_envs=2 * len(os.sched_getaffinity(0)), out="runs/05_train_maniskill")
     nft.add_method_flags(parser, transitions="all", labels="grouped", noise_level=0.3,
                          ema=[0.1, 0.5])
     args = parser.parse_args()
@@ -995,12 +996,11 @@ def parse_args():
         args.rollout = "flow-sde"
         args.labels = "grouped" if args.algo == "grpo" else "binary"
     nft.check_method(args)
-    args.backend = args.backend or ("physx_cuda" if args.device == "cuda" else "physx_cpu")
     return args
 
 
 def check(args):
-    """The flags of this script, told in one line like those of `check_run`; fills in defaults."""
+    """What can be wrong with this script's flags, told in one line each; fills in defaults."""
     if not (args.task == "all" and args.expert_only):
         check_task(args.task)
         args.max_steps = args.max_steps or TASKS[args.task].max_steps
@@ -1008,8 +1008,12 @@ def check(args):
                              "horizon": ("--horizon", args.horizon),
                              "state_dim": ("--task", state_size(args.task, args.obs)),
                              "language": ("--task", args.task == "PutOnPad-v1")})
-    if args.ood_episodes > 100_000 or min(args.test_episodes, args.ood_episodes) < 1:
+    if not all(1 <= n <= 100_000 for n in (args.test_episodes, args.ood_episodes)):
         raise SystemExit("--test-episodes, --ood-episodes: give 1 to 100000")
+    if args.resume:
+        state = torch.load(Path(args.out) / "last.pt", weights_only=False)["state"]
+        if state.get("algo", args.algo) != args.algo:
+            raise SystemExit(f"--resume: {args.out} was trained with --algo {state['algo']}")
     args.renderer = find_renderer() if args.obs == "rgb" or args.video else None
 
 
@@ -1036,17 +1040,14 @@ def main():
     check(args)
     device = nft.join_ranks(args.device)
     print(" ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
-    if args.expert_only:
-        return test_expert(args)
-    envs = make_envs(args)
     try:
+        if args.expert_only:
+            return test_expert(args)
+        envs = make_envs(args)
         run(args, envs, device)
         envs.close()
     except flow.SimulatorDied as error:
-        for process in getattr(envs, "processes", []):
-            process.kill()
-        envs.closed = True  # there is nobody left to say goodbye to
-        seeds = ", ".join(str(seed) for seed in sorted({*error.args[0]}))
+        seeds = ", ".join(map(str, sorted({*error.args[0]})))
         raise SystemExit(f"a simulator process died (out of memory?) while playing one of the "
                          f"episodes {seeds} of {args.task}. Checkpoints in {args.out} are whole: "
                          f"--resume continues the last") from error

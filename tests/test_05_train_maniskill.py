@@ -150,7 +150,7 @@ def test_a_whole_run_resumes_evaluates_and_keeps_its_results(tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--task", "PickCub-v1"], ["--task PickCub-v1", "PickCube-v1"]),
-    (["--task", "PickSingleYCB-v1"], ["--task PickSingleYCB-v1", "download"]),
+    (["--task", "PickSingleYCB-v1"], ["--task PickSingleYCB-v1", "controller"]),
     (["--task", "RollBall-v1"], ["--task RollBall-v1", "controller"]),
     (["--sft", "nothing.pt"], ["--sft nothing.pt"]),
     (["--ood-episodes", "0"], ["--ood-episodes"]),
