@@ -55,7 +55,7 @@ flow = importlib.import_module("01_flow_policy")
 nft = importlib.import_module("03_step_loss")
 # Borrowed from 01: FlowPolicy;  train_sft(policy, obs, chunks, steps) -> loss;  sliding_chunks;
 #   play(act, envs, seeds) -> (success, rows);  wilson(success) -> 95 % interval;  report:
-#   prints it;  evaluate, play with ODE actions;  image_net;  load_policy;  SimulatorDied, raised by play.
+#   prints it;  evaluate, play with ODE actions;  image_net;  load_policy;  SimulatorDied of play.
 # Borrowed from 03: rollout -> (success, batch);  labels -> y;  update -> info;  ema_decay,
 #   ema_update;  evaluate -> success, ODE;  ChunkEnv, worker_envs: simulators in processes;
 #   follow, expert_demos -> (obs, chunks) of the scripted expert's successes;
