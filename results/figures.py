@@ -244,7 +244,8 @@ def draw_before_after(ax, rows, groups):
                    alpha=0.8, label=shown if g == 0 else None)
             for i, (*_, success, low, high) in enumerate(own):
                 at = x + (i - (len(own) - 1) / 2) * width / 4
-                ax.errorbar(at, success, [[success - low], [high - success]], fmt="o", ms=2.5,
+                ax.errorbar(at, success, [[max(0, success - low)], [max(0, high - success)]],
+                            fmt="o", ms=2.5,
                             color="#1f2328", lw=0.7)
     ax.set_xticks(range(len(groups)), groups)
     ax.set(ylim=(0, 1.05), ylabel="success, ODE")
