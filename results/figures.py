@@ -243,10 +243,9 @@ def draw_before_after(ax, rows, groups):
             ax.bar(x, np.mean([row[3] for row in own]) if own else 0, 0.92 * width, color=color,
                    alpha=0.8, label=shown if g == 0 else None)
             for i, (*_, success, low, high) in enumerate(own):
-                at = x + (i - (len(own) - 1) / 2) * width / 4
+                at = x + (i - (len(own) - 1) / 2) * width / max(4, len(own) + 1)
                 ax.errorbar(at, success, [[max(0, success - low)], [max(0, high - success)]],
-                            fmt="o", ms=2.5,
-                            color="#1f2328", lw=0.7)
+                            fmt="o", ms=2.5, color="#1f2328", lw=0.7)
     ax.set_xticks(range(len(groups)), groups)
     ax.set(ylim=(0, 1.05), ylabel="success, ODE")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(policies), handlelength=1)
