@@ -692,7 +692,7 @@ def compare(args):
     size = f"--iterations {args.iterations} --episodes {args.episodes} --lr {args.lr}"
 
     def finished():
-        return [r for r in read_rows(path) if r["size"] == size] if path.exists() else []
+        return [r for r in read_rows(path) if r.get("size") == size] if path.exists() else []
 
     done, jobs = {(r["flags"], r["seed"]) for r in finished()}, []
     for seed in map(str, range(args.seed, args.seed + args.compare)):

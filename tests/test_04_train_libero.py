@@ -106,6 +106,9 @@ def test_advance_equals_liberos_own_step(sim):
     (["--eval-only", "nothing.pt"], ["--eval-only"]),
     (["--backbone", "resnet18"], ["--backbone", "--obs rgb"]),
     (["--action-repeat", "0"], ["--action-repeat"]),
+    (["--sft-steps", "0"], ["--sft-steps"]),
+    (["--eval-suites", "libero_10"], ["--eval-suites libero_10"]),      # more things than it knows
+    (["--expert-only", "--suite", "libero_10", "--tasks", "all"], ["no scripted expert"]),
 ])
 def test_bad_input_gets_one_line_naming_the_flag(tmp_path, flags, words):
     line = one_clear_line(run_script("04_train_libero.py", *flags, "--out", "new", cwd=tmp_path,

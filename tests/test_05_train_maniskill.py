@@ -154,6 +154,7 @@ def test_a_whole_run_resumes_evaluates_and_keeps_its_results(tmp_path):
     (["--task", "RollBall-v1"], ["--task RollBall-v1", "controller"]),
     (["--sft", "nothing.pt"], ["--sft nothing.pt"]),
     (["--ood-episodes", "0"], ["--ood-episodes"]),
+    (["--test-episodes", "100001"], ["--test-episodes"]),
     (["--num-demos", "0"], ["--num-demos"]),
     (["--episodes", "12"], ["--episodes 12", "8"]),
     (["--eval-only", "nothing.pt"], ["--eval-only nothing.pt"]),
@@ -604,6 +605,9 @@ def test_a_baseline_trains_and_resumes(tmp_path, algo):
     log = list(csv.DictReader(open(tmp_path / "new/log.csv")))
     assert [row["iteration"] for row in log] == ["1", "2"] and f" {algo}=" in run.stdout
     assert ("value_loss" in log[0]) == (algo == "ppo")
+    other = run_script("05_train_maniskill.py", *TINY, "--out", "new", "--resume", cwd=tmp_path,
+                       ok=False)
+    assert f"--algo {algo}" in one_clear_line(other)
 
 
 def test_two_ranks_of_torchrun_share_the_episodes_of_one_run(tmp_path):

@@ -157,7 +157,7 @@ MUTANTS = {
         ("times[k], times[k + 1]", "times[k + 1], times[k]"),              # time runs backwards
         ('each(batch["mask"])', "None"),                                   # mask ignored
         ('each(batch["y"])', 'each(-batch["y"])'),                         # wrong sign of y
-        ("ctx.repeat_interleave(per_row, 0)", "ctx.repeat(per_row, 1)"),       # another row's context
+        ("ctx.repeat_interleave(per_row, 0)", "ctx.repeat(per_row, 1)"),   # another row's context
         ("ctx = policy.encode(", 'policy.encode(batch["obs"])\n    ctx = policy.encode('),
         ("noise_scale(times, noise_level)", "noise_scale(times, 0.2)"),    # a deaf noise level
     ],
