@@ -1,27 +1,31 @@
 """02 - Wider space: sampling with noise, without changing what is sampled.
 
 The ODE of 01 turns one noise draw into one action chunk and explores only as widely as the demos.
-Noise in every denoising step widens it. But noise alone also blurs the distribution. To undo that,
-the mean steps back along the score of x_t (the gradient of its log density), which a flow knows
-without more training: -x1_hat / t. Here x0_hat = x_t - t v and x1_hat = x_t + (1 - t) v are the
-ends of the line through x_t, and dt = t - t_next:
+Noise in every denoising step widens it, and alone would also blur the distribution. Two lines say
+how to undo that. With dt = t - t_next, and x0_hat = x_t - t v, x1_hat = x_t + (1 - t) v, the ends
+of the line through x_t:
+
+    noise of variance sigma^2 dt spreads the density as a drift of -sigma^2 dt / 2 * score would
+    (Fokker-Planck; score: the gradient of log p(x_t)), so the mean must add sigma^2 dt / 2 * score;
+    x_t given x_0 is N((1 - t) x_0, t^2), so the score is the mean of -(x_t - (1 - t) x_0) / t^2
+    = -x_1 / t over the x_1 that lead to x_t: score = -E[x_1 | x_t] / t = -x1_hat / t.
+
+The Euler step x_t - dt v is (1 - t_next) x0_hat + t_next x1_hat. Together (Flow-SDE, Flow-GRPO):
 
     x_next ~ N(mean, std^2),   mean = (1 - t_next) x0_hat + (t_next - sigma^2 dt / (2 t)) x1_hat
                                std  = sigma sqrt(dt),     sigma = noise_level sqrt(t / (1 - t))
 
-With small steps this SDE (stochastic differential equation: the ODE plus noise) has the ODE's
-distribution at every t, its marginals, yet every single step is a Gaussian with a known mean: the
-law that 03 learns from. Without the correction, samples drift wide of what the policy meant. The
-last step is noisy too (unlike in many samplers): RL must see every step it trains. New since 01:
-the noise; `path`, the record of all x_t and v along the way.
-Left out of the published code: log-probabilities of paths, which this method never needs.
+The first line is exact for small steps, so the SDE (the ODE plus noise) has the ODE's distribution
+at every t, its marginals. The second holds for the exact velocity field of flow matching, nearly
+for a fitted one, and less after RL. Every single step is a Gaussian with a known mean: the law that
+03 learns from. The last step is noisy too, unlike in many samplers: RL must see every step that it
+trains. Left out of the published code: log-probabilities of paths, which this method never needs.
 
 Run:     python 02_sde_sampler.py          (about 15 s on one CPU core)
 Prints:  noise level against action spread, visited area, distance to the ODE's marginal, success.
 Saves:   runs/02_sde_sampler/{width.png, width.csv}
 """
 
-import argparse
 import csv
 import importlib
 import time
@@ -33,10 +37,6 @@ import torch
 
 flow = importlib.import_module("01_flow_policy")
 FINE = 64  # enough steps to see which sampler keeps the marginals; K = 4 blurs both a little
-
-# Borrowed from 01: ode_sample -> x_0 (B, H, A), the noiseless sampler;  GapWorld, the toy world;
-#   FlowPolicy.encode(obs) -> ctx (B, C), .velocity(x_t, t, ctx) -> (B, H, A), .denormalise;
-#   play(act, envs, seeds) -> (success, rows), an episode per seed;  toy_policy, the SFT checkpoint.
 
 # ------------------------------------------------------------------------------------------------
 # The grid, the noise and one step
@@ -67,38 +67,33 @@ def transition(x_t, v, t_cur, t_next, sigma, corrected=True):
     dt = t_cur - t_next
     x0_hat = x_t - t_cur * v
     x1_hat = x_t + (1 - t_cur) * v
-    pull_back = sigma**2 * dt / (2 * t_cur) if corrected else 0
+    correction = sigma**2 * dt / (2 * t_cur) if corrected else 0
     # mean = (1 - t_next) x0_hat + (t_next - sigma^2 dt / (2 t)) x1_hat
-    mean = (1 - t_next) * x0_hat + (t_next - pull_back) * x1_hat
+    mean = (1 - t_next) * x0_hat + (t_next - correction) * x1_hat
     return mean, sigma * dt**0.5
 
 
-# x (B, K+1, H, A) from noise to action; v (B, K, H, A), the velocity at the start of each step
-SamplingPath = namedtuple("SamplingPath", "x v")
+# x (B, K+1, H, A) from noise to action; v (B, K, H, A) and sigma (B, K) at the start of each step
+SamplingPath = namedtuple("SamplingPath", "x v sigma")
 
 
 @torch.no_grad()
-def sde_sample(policy, obs, num_steps, noise_level, x_1=None, corrected=True, noisy=None):
+def sde_sample(policy, obs, num_steps, noise_level, x_1=None, corrected=True):
     """K noisy steps from noise to an action chunk -> (x_0 (B, H, A) in flow units, path).
 
-    noisy (B, 1) names the only noisy step of each row, the others are the ODE's: what the
-    baselines of 05 need.
+    noise_level: a number, or a tensor (B, K) with one for each row and step.
     """
-    ctx = policy.encode(obs)
-    shape = (len(ctx), policy.horizon, policy.action_dim)
-    x_t = torch.randn(shape, device=ctx.device) if x_1 is None else x_1
-    times = time_grid(num_steps).to(ctx.device)
-    sigmas = noise_scale(times, noise_level)
+    x_t = flow.noise_like_chunks(policy, obs) if x_1 is None else x_1
+    B, ctx, times = len(x_t), policy.encode(obs), time_grid(num_steps).to(x_t.device)
+    sigmas = noise_scale(times, noise_level).expand(B, num_steps)                 # (B, K)
     xs, vs = [x_t], []
-    for k, (t_cur, t_next, sigma) in enumerate(zip(times[:-1], times[1:], sigmas)):
-        if noisy is not None:
-            sigma = sigma * (noisy == k)[..., None]
-        v = policy.velocity(x_t, t_cur.expand(len(ctx)), ctx)
-        mean, std = transition(x_t, v, t_cur, t_next, sigma, corrected)
+    for k in range(num_steps):
+        v = policy.velocity(x_t, times[k].expand(B), ctx)
+        mean, std = transition(x_t, v, times[k], times[k + 1], sigmas[:, k, None, None], corrected)
         x_t = mean + std * torch.randn_like(mean)
         xs.append(x_t)
         vs.append(v)
-    return x_t, SamplingPath(torch.stack(xs, 1), torch.stack(vs, 1))
+    return x_t, SamplingPath(torch.stack(xs, 1), torch.stack(vs, 1), sigmas)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,7 +104,8 @@ def marginal_distance(a, b, projections=64):
     """Sliced Wasserstein-1 distance of two equally large samples (N, H, A), in flow units: project
     both on random directions, sort, compare.
 
-    Zero for equal distributions, up to sampling noise; 1 is the half-range of the demos' actions.
+    Zero for equal distributions, up to sampling noise. It is an average over directions: a shift
+    by 1 in one of eight dimensions counts 0.27.
     """
     a, b = a.flatten(1), b.flatten(1)
     directions = torch.randn(a.shape[1], projections)
@@ -117,24 +113,24 @@ def marginal_distance(a, b, projections=64):
     return ((a @ directions).sort(0)[0] - (b @ directions).sort(0)[0]).abs().mean().item()
 
 
-def visited_area(success_and_rows, cell=0.05):
-    """Area of the world's (2 x 2) cells where a chunk began; takes what `play` returns."""
-    positions = success_and_rows[1]["obs"]["state"][:, :2]
+def visited_area(rows, cell=0.05):
+    """Area of the world's (2 x 2) cells where a chunk began; rows as `play` returns them."""
+    positions = rows["state"][:, :2]
     return len({tuple(p) for p in (positions / cell).floor().int().tolist()}) * cell**2
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Exploration width of the SDE sampler, measured.")
+    parser = flow.Parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="which SFT checkpoint of 01 (trained when missing)")
-    add("--num-steps", type=int, default=4, help="K, denoising steps")
-    add("--noise-levels", type=float, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.5], help="a")
-    add("--samples", type=int, default=2000, help="chunks per row, all for one observation")
-    add("--episodes", type=int, default=500, help="episodes per row, all from one start")
-    add("--out", default="runs/02_sde_sampler", help="folder of the table and the figure")
+    add("--seed", type=flow.natural, default=0, help="which SFT policy of 01, trained if missing")
+    add("--num-steps", type=flow.positive_int, default=4, help="K, denoising steps")
+    add("--noise-levels", type=flow.number(float, 0), nargs="+", default=[0, 0.05, 0.1, 0.2, 0.5],
+        help="a, widths of the noise to compare")
+    add("--samples", type=flow.number(int, 2), default=2000, help="chunks for one observation")
+    add("--episodes", type=flow.positive_int, default=500, help="episodes per row, from one start")
+    add("--out", type=Path, default="runs/02_sde_sampler", help="folder of the table and figure")
     args = parser.parse_args()
-    print(" ".join(f"{k}={v}" for k, v in vars(args).items()))
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    parser.make_folder("--out", args.out)
     torch.set_num_threads(1)  # on nets this small, threads only wait for each other
     start = time.time()
     policy = flow.toy_policy(args.seed)
@@ -146,40 +142,37 @@ def main():
     print(f"distance between two ODE samples (the noise floor of that column): {floor:.4f}")
     print(f"{'noise':>6} {'mean':>12} {'spread':>8} {'area':>7} {'distance':>9} "
           f"{f'at K={FINE}':>9} {'success':>8}")
-    rows, fans = [], {}
+    table, fans, world = [], {}, flow.GapWorld()
     for corrected in (True, False):
         for noise_level in args.noise_levels:
             if noise_level == 0 and not corrected:
                 continue  # without noise there is nothing to correct
 
-            def sample(obs):
-                return sde_sample(policy, obs, args.num_steps, noise_level, corrected=corrected)[0]
+            def sample(obs, num_steps=args.num_steps):
+                return sde_sample(policy, obs, num_steps, noise_level, corrected=corrected)[0]
 
             def act(obs):
-                return policy.denormalise(sample(obs)).numpy(), {}
+                return policy.denormalise(sample(obs)), {}
 
-            x_0 = sample(one_obs)
-            fine = sde_sample(policy, one_obs, FINE, noise_level, corrected=corrected)[0]
-            world = flow.GapWorld(args.episodes)
+            x_0, fine = sample(one_obs), sample(one_obs, FINE)
             # many episodes from one start: their width is the sampler's
-            same_start = flow.play(act, world, [flow.EVAL_SEED] * args.episodes)
-            seeds = range(flow.EVAL_SEED, flow.EVAL_SEED + args.episodes)
-            success, _ = flow.play(act, world, seeds)
+            _, rows = world.play(act, [flow.EVAL_SEED] * args.episodes)
+            success, _ = world.play(act, range(flow.EVAL_SEED, flow.EVAL_SEED + args.episodes))
             name = "corrected" if corrected else "uncorrected"
             row = {"noise_level": noise_level, "mean": name, "spread": x_0.std(0).mean().item(),
-                   "area": visited_area(same_start), "distance": marginal_distance(x_0, ode),
+                   "area": visited_area(rows), "distance": marginal_distance(x_0, ode),
                    "distance_fine": marginal_distance(fine, ode_fine), "success": success.mean()}
-            rows.append(row)
+            table.append(row)
             fans[noise_level, name] = policy.denormalise(x_0[:200]).clamp(-1, 1)
             print("{noise_level:6.2f} {mean:>12} {spread:8.4f} {area:7.4f} {distance:9.4f} "
                   "{distance_fine:9.4f} {success:8.3f}".format(**row))
-    with open(Path(args.out) / "width.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+    with open(args.out / "width.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, table[0])
         writer.writeheader()
-        writer.writerows(rows)
-    figure(fans, args.noise_levels, Path(args.out) / "width.png")
+        writer.writerows(table)
+    figure(fans, args.noise_levels, args.out / "width.png")
     print(f"saved {args.out}/width.csv and width.png")
-    widest = [r for r in rows if r["noise_level"] == max(args.noise_levels)]
+    widest = [row for row in table if row["noise_level"] == max(args.noise_levels)]
     print(f"RESULT ode_floor={floor:.4f} corrected={widest[0]['distance_fine']:.4f} "
           f"uncorrected={widest[-1]['distance_fine']:.4f} seconds={time.time() - start:.0f}")
 

@@ -51,8 +51,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-flow = importlib.import_module("01_flow_policy")
-nft = importlib.import_module("03_step_loss")
+flow = importlib.import_module("first_build.01_flow_policy")
+nft = importlib.import_module("first_build.03_step_loss")
 # Borrowed from 01: FlowPolicy;  train_sft(policy, obs, chunks, steps) -> loss;  sliding_chunks;
 #   play(act, envs, seeds) -> (success, rows);  wilson(success) -> 95 % interval;  report:
 #   prints it;  evaluate, play with ODE actions;  image_net;  load_policy;  SimulatorDied of play.

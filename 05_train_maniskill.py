@@ -42,9 +42,9 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-flow = importlib.import_module("01_flow_policy")
-sde = importlib.import_module("02_sde_sampler")
-nft = importlib.import_module("03_step_loss")
+flow = importlib.import_module("first_build.01_flow_policy")
+sde = importlib.import_module("first_build.02_sde_sampler")
+nft = importlib.import_module("first_build.03_step_loss")
 # Borrowed from 01: FlowPolicy;  train_sft(policy, obs, chunks, steps) -> loss;  load_policy(path);
 #   play(act, envs, seeds) -> (success, rows);  evaluate, the same with ODE actions -> success;
 #   take(obs, rows), to_torch(obs, device): observation dicts;  SimulatorDied, raised by play;

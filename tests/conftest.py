@@ -1,16 +1,20 @@
-"""What several test files share: the way to the scripts, two policies known in closed form, and a
-runner for the scripts."""
+"""What several test files share: the way to the scripts, policies known in closed form, a planner
+for the toy world, and runners for the scripts."""
 
+import contextlib
 import importlib
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -31,7 +35,7 @@ def seeded():
 class MixtureFlow:
     """The exact velocity field of data whose entries are independent draws of a Gaussian mixture.
 
-    Not a FlowPolicy: it offers what ode_sample and sde_sample need, and nothing is learned. Given
+    Not a FlowPolicy: it offers what the two samplers need, and nothing is learned. Given
     its component, x_t is N((1 - t) m, (1 - t)^2 s^2 + t^2) and (x_0, x_1) is jointly Gaussian with
     it, so v = E[x_1 - x_0 | x_t] is a posterior-weighted sum of linear functions of x_t.
     """
@@ -65,26 +69,45 @@ class MixtureFlow:
         return lambda x: (self.weights * normal.cdf(torch.from_numpy(x)[:, None])).sum(-1).numpy()
 
 
-class Scripted:
+class Scripted(nn.Module):
     """A policy that is not a FlowPolicy: its velocity points exactly at the chunk of a script.
 
-    It offers encode, velocity, denormalise, horizon, action_dim and action_centre, nothing else:
-    what a foreign policy must bring to be driven by ode_sample, sde_sample, rollout and evaluate.
+    It offers encode, velocity, denormalise, horizon, action_dim and a parameter that says on which
+    device it is, nothing else: what a foreign policy must bring to be driven by 01 to 03. Its
+    context is an object, which nobody else can take rows of.
     """
 
     def __init__(self, script, horizon, action_dim=2):
+        super().__init__()
         self.script, self.horizon, self.action_dim = script, horizon, action_dim
-        self.action_centre = torch.zeros(action_dim)
+        self.somewhere = nn.Parameter(torch.zeros(1))
 
     def encode(self, obs):
-        return torch.as_tensor(self.script(obs["state"].numpy())).flatten(1).float()    # (B, H A)
+        plan = torch.as_tensor(self.script(obs["state"].numpy())).float()               # (B, H, A)
+        return Opaque(plan)
 
     def velocity(self, x_t, t, ctx):
         # all paths end in the chunk x_0, so x_t = (1 - t) x_0 + t x_1 gives v = (x_t - x_0) / t
-        return (x_t - ctx.view_as(x_t)) / t[:, None, None]
+        return (x_t - ctx.content) / t[:, None, None]
 
     def denormalise(self, x_0):
         return x_0
+
+
+class Opaque:
+    """A context that can be handed on and nothing else: no rows, no length, no device."""
+
+    def __init__(self, content):
+        self.content = content
+
+
+def expert_plan(state, horizon):
+    """The scripted expert's next H actions if nothing is in the way: (N, 3) -> (N, H, 2)."""
+    flow, state, plan = importlib.import_module("01_flow_policy"), state.copy(), []
+    for _ in range(horizon):
+        plan.append(flow.expert_action(state))
+        state[:, :2] += flow.GapWorld.speed * plan[-1]
+    return np.stack(plan, 1)
 
 
 def run_script(name, *flags, cwd, ok=True):
@@ -109,6 +132,37 @@ def one_clear_line(done):
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+def run_main(script, *flags):
+    """A script's main() in this process -> (exit status or message, stdout, stderr)."""
+    out, err, code = io.StringIO(), io.StringIO(), None
+    main = importlib.import_module(script.removesuffix(".py")).main
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        try:
+            main()
+        except SystemExit as stopped:
+            code = stopped.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def wrong_call(script, *flags):
+    """Flags that cannot work, in this process -> the one line with which the script answers.
+
+    It runs in a folder that holds one file, `a_file`; afterwards the folder must hold nothing else,
+    and nothing may have been printed but that line.
+    """
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.chdir(folder)
+        Path("a_file").write_text("not a folder, not a checkpoint")
+        code, out, err = run_main(script, *flags)
+        left = [str(path) for path in Path().rglob("*")]
+    assert code not in (0, None), "the call went through"
+    assert left == ["a_file"] and out == "", (left, out)
+    line, = (code if isinstance(code, str) else err).strip().splitlines()
+    return line
 
 
 @pytest.fixture(scope="session")

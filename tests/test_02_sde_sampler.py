@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import MixtureFlow, result_line, run_script
+from conftest import MixtureFlow, result_line, run_main, run_script, wrong_call
+from test_01_flow_policy import WRAPS, Wrapped
 
 flow = importlib.import_module("01_flow_policy")
 sde = importlib.import_module("02_sde_sampler")
@@ -215,6 +216,56 @@ def test_the_start_noise_is_standard_normal():
     assert stats.kstest(x_1.flatten(), "norm").pvalue > 1e-3
 
 
+@pytest.mark.parametrize("kind", WRAPS)
+def test_the_sampler_never_looks_into_the_context(kind):
+    policy, obs, x_1 = random_policy(), {"state": torch.randn(6, 3)}, torch.randn(6, 4, 2)
+    wrapped, samples = Wrapped(policy, WRAPS[kind]), []
+    for model in (policy, wrapped):
+        torch.manual_seed(1)
+        samples.append(sde.sde_sample(model, obs, 4, 0.3, x_1)[1])
+    for plain, opaque in zip(*samples):
+        torch.testing.assert_close(plain, opaque)
+    assert wrapped.calls == ["encode"] + ["velocity"] * 4
+
+
+def test_sigma_of_every_row_and_step_is_recorded():
+    obs, times = {"state": torch.randn(6, 3)}, [1, 2 / 3, 1 / 3, 0]
+    sigma = sde.sde_sample(random_policy(), obs, 3, 0.3)[1].sigma
+    expected = [0.3 * math.sqrt(t / (1 - (t if t < 1 else times[1]))) for t in times[:3]]
+    assert sigma.shape == (6, 3)
+    np.testing.assert_allclose(sigma, [expected] * 6, rtol=1e-5)
+
+
+def test_each_row_and_step_can_have_a_noise_level_of_its_own():
+    """Levels 0, 0.1 or 0.5 at random: sigma by hand, a residual of std 1 or exactly 0."""
+    policy, obs, K = random_policy(), {"state": torch.randn(3000, 3)}, 4
+    levels, times = torch.tensor([0, 0.1, 0.5])[torch.randint(3, (3000, K))], [1, .75, .5, .25, 0]
+    x_0, path = sde.sde_sample(policy, obs, K, levels)
+    assert path.sigma.shape == (3000, K) and torch.equal(x_0, path.x[:, K])
+    for k in range(K):
+        t = times[k]
+        sigma = levels[:, k] * math.sqrt(t / (1 - (t if t < 1 else 0.75)))
+        torch.testing.assert_close(path.sigma[:, k], sigma)
+        mean, std = path.x[:, k] - 0.25 * path.v[:, k], sigma * 0.5
+        mean -= (sigma**2 * 0.25 / (2 * t))[:, None, None] * (path.x[:, k] + (1 - t) * path.v[:, k])
+        residual = path.x[:, k + 1] - mean
+        assert residual[levels[:, k] == 0].abs().max() < 1e-5
+        noisy = levels[:, k] > 0
+        normal = residual[noisy] / std[noisy, None, None]
+        assert stats.kstest(normal.flatten(), "norm").pvalue > 1e-3, f"step {k}"
+
+
+def test_a_noise_level_for_all_is_a_table_of_equal_ones():
+    policy, obs, x_1 = random_policy(), {"state": torch.randn(5, 3)}, torch.randn(5, 4, 2)
+    paths = []
+    for noise_level in (0.3, torch.tensor(0.3), torch.full((5, 4), 0.3)):
+        torch.manual_seed(1)
+        paths.append(sde.sde_sample(policy, obs, 4, noise_level, x_1)[1])
+    for path in paths[1:]:
+        for ours, first in zip(path, paths[0]):
+            torch.testing.assert_close(ours, first)
+
+
 def test_at_noise_0_the_sde_is_the_ode():
     policy, obs, x_1 = random_policy(), {"state": torch.randn(9, 3)}, torch.randn(9, 4, 2)
     for num_steps in (1, 4, 7):
@@ -251,7 +302,11 @@ def test_marginal_distance_of_a_shift_is_the_mean_length_of_its_shadow():
 def test_visited_area_counts_cells():
     """Four positions in three cells of 0.05 x 0.05; the gap's centre does not count."""
     state = torch.tensor([[0.01, 0.01, 0.2], [0.04, 0.02, 0.1], [-0.01, 0.01, 0], [0.3, -0.9, 0]])
-    assert sde.visited_area((None, {"obs": {"state": state}})) == pytest.approx(3 * 0.05**2)
+    assert sde.visited_area({"state": state}) == pytest.approx(3 * 0.05**2)
+
+
+# ------------------------------------------------------------------------------------------------
+# The script
 
 
 def test_the_script_measures_every_noise_level(workplace):
@@ -267,5 +322,18 @@ def test_the_script_measures_every_noise_level(workplace):
     assert (workplace / "out" / "width.png").stat().st_size > 1000
 
 
-def test_help_lists_the_flags(tmp_path):
-    assert "--noise-levels" in run_script("02_sde_sampler.py", "--help", cwd=tmp_path).stdout
+def test_help_lists_every_flag_with_its_default():
+    code, told, _ = run_main("02_sde_sampler.py", "--help")
+    flags = ("--seed", "--num-steps", "--noise-levels", "--samples", "--episodes", "--out")
+    assert code == 0 and all(flag in told for flag in flags)
+    assert "".join(told.split()).count("(default:") == len(flags)
+
+
+@pytest.mark.parametrize("flags", [
+    "--num-steps 0", "--num-steps -3", "--noise-levels nan", "--noise-levels -1",
+    "--noise-levels 0.1 inf", "--noise-levels wide", "--noise-levels", "--samples 1",
+    "--samples 0", "--episodes 0", "--seed -1", "--seed x", "--out a_file", "--out a_file/out",
+    "--noise-level 0.1", "--eps 3", "--corrected"])
+def test_a_call_that_cannot_work_is_told_in_one_line_that_names_the_flag(flags):
+    line = wrong_call("02_sde_sampler.py", *flags.split())
+    assert flags.split()[0] in line and flags.split()[-1] in line

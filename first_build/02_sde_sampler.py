@@ -1,0 +1,206 @@
+"""02 - Wider space: sampling with noise, without changing what is sampled.
+
+The ODE of 01 turns one noise draw into one action chunk and explores only as widely as the demos.
+Noise in every denoising step widens it. But noise alone also blurs the distribution. To undo that,
+the mean steps back along the score of x_t (the gradient of its log density), which a flow knows
+without more training: -x1_hat / t. Here x0_hat = x_t - t v and x1_hat = x_t + (1 - t) v are the
+ends of the line through x_t, and dt = t - t_next:
+
+    x_next ~ N(mean, std^2),   mean = (1 - t_next) x0_hat + (t_next - sigma^2 dt / (2 t)) x1_hat
+                               std  = sigma sqrt(dt),     sigma = noise_level sqrt(t / (1 - t))
+
+With small steps this SDE (stochastic differential equation: the ODE plus noise) has the ODE's
+distribution at every t, its marginals, yet every single step is a Gaussian with a known mean: the
+law that 03 learns from. Without the correction, samples drift wide of what the policy meant. The
+last step is noisy too (unlike in many samplers): RL must see every step it trains. New since 01:
+the noise; `path`, the record of all x_t and v along the way.
+Left out of the published code: log-probabilities of paths, which this method never needs.
+
+Run:     python 02_sde_sampler.py          (about 15 s on one CPU core)
+Prints:  noise level against action spread, visited area, distance to the ODE's marginal, success.
+Saves:   runs/02_sde_sampler/{width.png, width.csv}
+"""
+
+import argparse
+import csv
+import importlib
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+
+flow = importlib.import_module("first_build.01_flow_policy")
+FINE = 64  # enough steps to see which sampler keeps the marginals; K = 4 blurs both a little
+
+# Borrowed from 01: ode_sample -> x_0 (B, H, A), the noiseless sampler;  GapWorld, the toy world;
+#   FlowPolicy.encode(obs) -> ctx (B, C), .velocity(x_t, t, ctx) -> (B, H, A), .denormalise;
+#   play(act, envs, seeds) -> (success, rows), an episode per seed;  toy_policy, the SFT checkpoint.
+
+# ------------------------------------------------------------------------------------------------
+# The grid, the noise and one step
+
+
+def time_grid(num_steps):
+    """t_k = 1 - k / K for k = 0..K, from noise (1) to action (0): (K+1,)."""
+    return torch.linspace(1, 0, num_steps + 1)
+
+
+def noise_scale(times, noise_level):
+    """sigma_k at the start of each step: times (K+1,) -> (K,).   (Flow-SDE, as in Flow-GRPO)
+
+    At t = 1 the formula divides by zero; there, only the denominator uses the next grid time.
+    """
+    t, t_next = times[:-1], times[1:]
+    # sigma_k = a sqrt(t_k / (1 - t_k)),   a = noise_level
+    return noise_level * torch.sqrt(t / (1 - torch.where(t == 1, t_next, t)))
+
+
+def transition(x_t, v, t_cur, t_next, sigma, corrected=True):
+    """Mean and std of x_next given x_t and a velocity: the one-step Gaussian.
+
+    x_t, v (B, H, A); t_cur, t_next, sigma are floats or anything that broadcasts against x_t.
+    Mean (B, H, A), std like sigma. sigma = 0 is the ODE's Euler step x_t - dt v.
+    `corrected=False` adds the same noise around the Euler step and so loses the marginals.
+    """
+    dt = t_cur - t_next
+    x0_hat = x_t - t_cur * v
+    x1_hat = x_t + (1 - t_cur) * v
+    pull_back = sigma**2 * dt / (2 * t_cur) if corrected else 0
+    # mean = (1 - t_next) x0_hat + (t_next - sigma^2 dt / (2 t)) x1_hat
+    mean = (1 - t_next) * x0_hat + (t_next - pull_back) * x1_hat
+    return mean, sigma * dt**0.5
+
+
+# x (B, K+1, H, A) from noise to action; v (B, K, H, A), the velocity at the start of each step
+SamplingPath = namedtuple("SamplingPath", "x v")
+
+
+@torch.no_grad()
+def sde_sample(policy, obs, num_steps, noise_level, x_1=None, corrected=True, noisy=None):
+    """K noisy steps from noise to an action chunk -> (x_0 (B, H, A) in flow units, path).
+
+    noisy (B, 1) names the only noisy step of each row, the others are the ODE's: what the
+    baselines of 05 need.
+    """
+    ctx = policy.encode(obs)
+    shape = (len(ctx), policy.horizon, policy.action_dim)
+    x_t = torch.randn(shape, device=ctx.device) if x_1 is None else x_1
+    times = time_grid(num_steps).to(ctx.device)
+    sigmas = noise_scale(times, noise_level)
+    xs, vs = [x_t], []
+    for k, (t_cur, t_next, sigma) in enumerate(zip(times[:-1], times[1:], sigmas)):
+        if noisy is not None:
+            sigma = sigma * (noisy == k)[..., None]
+        v = policy.velocity(x_t, t_cur.expand(len(ctx)), ctx)
+        mean, std = transition(x_t, v, t_cur, t_next, sigma, corrected)
+        x_t = mean + std * torch.randn_like(mean)
+        xs.append(x_t)
+        vs.append(v)
+    return x_t, SamplingPath(torch.stack(xs, 1), torch.stack(vs, 1))
+
+
+# ------------------------------------------------------------------------------------------------
+# What to measure about a sampler
+
+
+def marginal_distance(a, b, projections=64):
+    """Sliced Wasserstein-1 distance of two equally large samples (N, H, A), in flow units: project
+    both on random directions, sort, compare.
+
+    Zero for equal distributions, up to sampling noise; 1 is the half-range of the demos' actions.
+    """
+    a, b = a.flatten(1), b.flatten(1)
+    directions = torch.randn(a.shape[1], projections)
+    directions = directions / directions.norm(dim=0)
+    return ((a @ directions).sort(0)[0] - (b @ directions).sort(0)[0]).abs().mean().item()
+
+
+def visited_area(success_and_rows, cell=0.05):
+    """Area of the world's (2 x 2) cells where a chunk began; takes what `play` returns."""
+    positions = success_and_rows[1]["obs"]["state"][:, :2]
+    return len({tuple(p) for p in (positions / cell).floor().int().tolist()}) * cell**2
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Exploration width of the SDE sampler, measured.")
+    add = parser.add_argument
+    add("--seed", type=int, default=0, help="which SFT checkpoint of 01 (trained when missing)")
+    add("--num-steps", type=int, default=4, help="K, denoising steps")
+    add("--noise-levels", type=float, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.5], help="a")
+    add("--samples", type=int, default=2000, help="chunks per row, all for one observation")
+    add("--episodes", type=int, default=500, help="episodes per row, all from one start")
+    add("--out", default="runs/02_sde_sampler", help="folder of the table and the figure")
+    args = parser.parse_args()
+    print(" ".join(f"{k}={v}" for k, v in vars(args).items()))
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # on nets this small, threads only wait for each other
+    start = time.time()
+    policy = flow.toy_policy(args.seed)
+    torch.manual_seed(args.seed)
+    one_obs = {"state": torch.tensor([[-0.8, 0.5, -0.2]]).expand(args.samples, 3)}
+    ode = flow.ode_sample(policy, one_obs, args.num_steps)
+    ode_fine = flow.ode_sample(policy, one_obs, FINE)
+    floor = marginal_distance(ode, flow.ode_sample(policy, one_obs, args.num_steps))
+    print(f"distance between two ODE samples (the noise floor of that column): {floor:.4f}")
+    print(f"{'noise':>6} {'mean':>12} {'spread':>8} {'area':>7} {'distance':>9} "
+          f"{f'at K={FINE}':>9} {'success':>8}")
+    rows, fans = [], {}
+    for corrected in (True, False):
+        for noise_level in args.noise_levels:
+            if noise_level == 0 and not corrected:
+                continue  # without noise there is nothing to correct
+
+            def sample(obs):
+                return sde_sample(policy, obs, args.num_steps, noise_level, corrected=corrected)[0]
+
+            def act(obs):
+                return policy.denormalise(sample(obs)).numpy(), {}
+
+            x_0 = sample(one_obs)
+            fine = sde_sample(policy, one_obs, FINE, noise_level, corrected=corrected)[0]
+            world = flow.GapWorld(args.episodes)
+            # many episodes from one start: their width is the sampler's
+            same_start = flow.play(act, world, [flow.EVAL_SEED] * args.episodes)
+            seeds = range(flow.EVAL_SEED, flow.EVAL_SEED + args.episodes)
+            success, _ = flow.play(act, world, seeds)
+            name = "corrected" if corrected else "uncorrected"
+            row = {"noise_level": noise_level, "mean": name, "spread": x_0.std(0).mean().item(),
+                   "area": visited_area(same_start), "distance": marginal_distance(x_0, ode),
+                   "distance_fine": marginal_distance(fine, ode_fine), "success": success.mean()}
+            rows.append(row)
+            fans[noise_level, name] = policy.denormalise(x_0[:200]).clamp(-1, 1)
+            print("{noise_level:6.2f} {mean:>12} {spread:8.4f} {area:7.4f} {distance:9.4f} "
+                  "{distance_fine:9.4f} {success:8.3f}".format(**row))
+    with open(Path(args.out) / "width.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    figure(fans, args.noise_levels, Path(args.out) / "width.png")
+    print(f"saved {args.out}/width.csv and width.png")
+    widest = [r for r in rows if r["noise_level"] == max(args.noise_levels)]
+    print(f"RESULT ode_floor={floor:.4f} corrected={widest[0]['distance_fine']:.4f} "
+          f"uncorrected={widest[-1]['distance_fine']:.4f} seconds={time.time() - start:.0f}")
+
+
+def figure(fans, noise_levels, path):
+    """The fans: where up to 200 sampled chunks would carry the robot, open loop, from one start."""
+    fig, axes = flow.pyplot().subplots(2, len(noise_levels), figsize=(2.6 * len(noise_levels), 5),
+                                       sharex=True, sharey=True, squeeze=False,
+                                       layout="constrained")
+    for ax_row, name in zip(axes, ("corrected", "uncorrected")):
+        for ax, noise_level in zip(ax_row, noise_levels):
+            chunks = fans[noise_level, name if noise_level else "corrected"]
+            walks = torch.cat([torch.zeros(len(chunks), 1, 2), chunks.cumsum(1)], 1)
+            for walk in flow.GapWorld.speed * walks.numpy() + np.array([-0.8, 0.5]):
+                ax.plot(*walk.T, color="#0072b2" if name == "corrected" else "#d55e00",
+                        lw=0.6, alpha=0.3)
+            ax.set(title=f"{name}, noise {noise_level}" if noise_level else "ODE", xlabel="x")
+    axes[0, 0].set_ylabel("y")
+    axes[1, 0].set_ylabel("y")
+    fig.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
