@@ -103,8 +103,8 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
                 "clipped": (drift > max_drift).float()}
         count = mask.sum().clamp(min=1)
         info = {name: (value * mask).sum() / count for name, value in info.items()}
-    # + kl_weight mean (v_theta - v_old)^2, over all actions: a weak pull to v_old
-    return loss + kl_weight * (v_theta - v_old).pow(2).mean(), info
+    # + kl_weight mean (v_theta - v_old)^2: a weak pull to v_old
+    return loss + kl_weight * executed_mean((v_theta - v_old).pow(2).mean(-1), mask), info
 
 
 def executed_mean(values, mask):

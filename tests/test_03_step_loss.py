@@ -103,7 +103,7 @@ def slow_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask, beta=1
                             t_cur[b].item(), t_next[b].item(), sigma[b].item(), error)
                  for side in (1, -1)]
             losses[b].append(math.log(1 + math.exp(dpo_beta / 2 * y[b].item() * (E[0] - E[1]))))
-    kl = slow_mean(squares, torch.ones_like(mask))     # over all actions, executed or not
+    kl = slow_mean(squares, mask)     # over all actions, executed or not
     return slow_mean(losses, mask) + kl_weight * kl
 
 
