@@ -11,9 +11,8 @@ likelihood is computed, and policy gradients need one: 03 brings a new idea. (Ti
 the code of pi-0; Lipman et al. 2023, who introduced flow matching, count it the other way.)
 
 The world: a point robot must pass a gap in a wall. Six demonstrations start near the middle of the
-left edge, the test anywhere on it, so the cloned policy (SFT: supervised fine-tuning) is good where
-it has seen data and poor elsewhere. RL will close that gap. Left out of the published models: the
-vision-language backbone; 04 shows where it would go.
+left edge, the test anywhere on it: the cloned policy (SFT, supervised fine-tuning) is good where it
+has seen data and poor elsewhere. RL will close that gap. Left out: the vision-language backbone.
 
 Run:     python 01_flow_policy.py          (about 10 s on one CPU core)
 Prints:  flow matching loss, then success from the demo starts (narrow) and from everywhere (wide).
@@ -30,11 +29,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-EVAL_SEED = 1_000_000  # evaluation plays seeds 1000000, 1000001, ...; demos lie below, RL above
-
 # Shapes: B batch, H actions per chunk, A action dims, K denoising steps, S state dims, N rows of a
 # data set, T steps of a demo. "Flow units" are normalised actions, what the flow sees.
-
 # ------------------------------------------------------------------------------------------------
 # The policy: encode the observation once, then ask for a velocity at any (x_t, t)
 
@@ -42,8 +38,8 @@ EVAL_SEED = 1_000_000  # evaluation plays seeds 1000000, 1000001, ...; demos lie
 class FlowPolicy(nn.Module):
     """Velocity field v_theta(x_t, t, obs) over chunks of H normalised actions.
 
-    Whatever offers encode, velocity, denormalise, horizon and action_dim is a policy for 01 to 05.
-    They never look inside ctx, what `encode` returns: it is between encode and velocity alone.
+    Whatever offers encode, velocity, denormalise, horizon and action_dim is a policy here. What
+    encode returns, ctx, is between encode and velocity: nothing else looks inside.
     """
 
     def __init__(self, horizon, action_dim, state_dim, width=128, depth=3):
@@ -71,12 +67,8 @@ class FlowPolicy(nn.Module):
         return self.head(inputs).view_as(x_t)
 
     def fit_normalisation(self, obs, chunks):
-        """Statistics of the demos per dimension: obs["state"] (N, S), chunks (N, H, A).
-
-        States get mean 0 and std 1. Actions get their 1 % and 99 % quantiles at -1 and +1, so that
-        noise of std 0.2 in flow units (02) means a tenth of the range the demos used. Floors keep
-        a dimension that never moves in the demos from being blown up.
-        """
+        """From demos, per dimension: obs["state"] (N, S) gets mean 0 and std 1, chunks (N, H, A)
+        their 1 % and 99 % quantiles at -1 and +1. Floors keep what never moves as it is."""
         self.state_centre.copy_(obs["state"].mean(0))
         self.state_scale.copy_(obs["state"].std(0).clamp(min=1e-2))
         low, high = (torch.quantile(chunks.flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
@@ -97,10 +89,8 @@ class FlowPolicy(nn.Module):
 
 
 def flow_matching_loss(policy, obs, x_0):
-    """Mean squared error of the velocity at a random point of the line from x_0 to noise.
-
-    x_0 (B, H, A) in flow units -> scalar. (Lipman et al. 2023; pi-StepNFT, section 3)
-    """
+    """Mean squared error of the velocity at a random point of the line from x_0 (B, H, A), in flow
+    units, to noise -> scalar. (Lipman et al. 2023; pi-StepNFT, section 3)"""
     x_1 = torch.randn_like(x_0)
     t = torch.rand(len(x_0), device=x_0.device)
     # x_t = (1 - t) x_0 + t x_1          v = x_1 - x_0
@@ -109,7 +99,7 @@ def flow_matching_loss(policy, obs, x_0):
 
 
 def noise_like_chunks(policy, obs):
-    """x_1 (B, H, A), standard normal: a chunk of noise for each row of the observation."""
+    """x_1 (B, H, A): a chunk of standard normal noise for each row of the observation."""
     rows = next(iter(obs.values()))
     return torch.randn((len(rows), policy.horizon, policy.action_dim), device=rows.device)
 
@@ -120,7 +110,7 @@ def ode_path(policy, obs, num_steps, x_1=None):
     path = [noise_like_chunks(policy, obs) if x_1 is None else x_1]
     ctx, dt = policy.encode(obs), 1 / num_steps
     for k in range(num_steps):
-        t = torch.full(path[0].shape[:1], 1 - k * dt, device=path[0].device)
+        t = path[0].new_full(path[0].shape[:1], 1 - k * dt)
         # x_{t - dt} = x_t - dt v
         path.append(path[-1] - dt * policy.velocity(path[-1], t, ctx))
     return torch.stack(path, dim=1)
@@ -143,8 +133,7 @@ def to_device(tensors, policy):
 
 
 def train_sft(policy, obs, chunks, steps, lr=1e-3, batch_size=256):
-    """Behaviour cloning: obs dict of N rows, chunks (N, H, A) in environment units -> the mean
-    flow matching loss of the last tenth of the steps."""
+    """Behaviour cloning: obs of N rows, chunks (N, H, A) in environment units -> last loss."""
     policy.fit_normalisation(obs, chunks)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -158,7 +147,7 @@ def train_sft(policy, obs, chunks, steps, lr=1e-3, batch_size=256):
         optimizer.step()
         decay.step()
         losses.append(loss.detach())
-    return torch.stack(losses[-max(1, steps // 10):]).mean().item()
+    return torch.stack(losses[-max(1, steps // 10):]).mean().item()  # of the last tenth
 
 
 # ------------------------------------------------------------------------------------------------
@@ -166,8 +155,7 @@ def train_sft(policy, obs, chunks, steps, lr=1e-3, batch_size=256):
 
 
 class GapWorld:
-    """Point robots, one per episode: each starts left of a wall, must pass its gap, and reach a
-    goal on the right.
+    """Point robots, one per episode: each must pass the gap of a wall and reach a goal behind it.
 
     state (N, 3): position x, y and the gap's centre. Actions: velocities in [-1, 1]^2, H in a
     chunk. start_width: half-width of the start positions, 0.3 in the demos and 0.9 in the test.
@@ -229,12 +217,17 @@ class GapWorld:
         return self.observe(), executed
 
 
-def evaluate(policy, world, seeds, num_steps=4):
-    """Success (episodes,) bool of ODE sampling, the sampler behind every result of this repo.
+def episode_seeds(split, count, seed=0, iteration=0):
+    """(count,) seeds of episodes, below 2^31. Their last two bits name the split, so that no start
+    of a test was ever trained on; demos and training have the run's own `seed`."""
+    number = ("demo", "validation", "test", "train").index(split)
+    draws = np.random.SeedSequence([seed, number, iteration]).generate_state(count)
+    return draws // 8 * 4 + number
 
-    The noise x_1 comes from a stream of its own, so the same call gives the same answer. Two
-    policies share their starts, but not their noise: it depends on who is still playing.
-    """
+
+def evaluate(policy, world, seeds, num_steps=4):
+    """Success (episodes,) bool of ODE sampling, the sampler behind every result. Two evaluations
+    share their starts, not their noise x_1: that depends on who is still playing."""
     def act(obs):
         x_0 = ode_sample(policy, to_device(obs, policy), num_steps)
         return policy.denormalise(x_0).cpu(), {}
@@ -267,8 +260,7 @@ def toy_demos(num_demos, seed):
         action = torch.from_numpy(expert_action(obs["state"].numpy()))
         return action[:, None], {"action": action}
 
-    first = seed * 1000
-    _, rows = GapWorld(start_width=0.3).play(act, range(first, first + num_demos))
+    _, rows = GapWorld(start_width=0.3).play(act, episode_seeds("demo", num_demos, seed))
     demos = [rows["episode"] == demo for demo in range(num_demos)]
     chunks = torch.cat([sliding_chunks(rows["action"][demo], 4) for demo in demos])
     return {"state": torch.cat([rows["state"][demo] for demo in demos])}, chunks
@@ -279,25 +271,18 @@ def toy_policy(seed=0, num_demos=6, steps=3000, folder="runs/01_flow_policy"):
     path = Path(folder) / f"sft_demos{num_demos}_steps{steps}_seed{seed}.pt"
     torch.manual_seed(seed)
     policy = FlowPolicy(horizon=4, action_dim=2, state_dim=3)
-    if path.exists():
-        print(f"{path}: loaded")
-        policy.load_state_dict(torch.load(path, weights_only=True))
-        return policy
-    print(f"{path} is missing: training it")
-    loss = train_sft(policy, *toy_demos(num_demos, seed), steps)
-    print(f"flow matching loss {loss:.3f} (predicting zero velocity costs about 1.5)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(policy.state_dict(), path)
+    if not path.exists():
+        print(f"{path} is missing: training it")
+        loss = train_sft(policy, *toy_demos(num_demos, seed), steps)
+        print(f"flow matching loss {loss:.3f} (predicting zero velocity costs about 1.5)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(policy.state_dict(), path)
+    policy.load_state_dict(torch.load(path, weights_only=True))
     return policy
-
-
-# ------------------------------------------------------------------------------------------------
-# Flags, a figure, main
 
 
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, and errors of one line that name the flag."""
-
     def __init__(self, doc):
         super().__init__(description=doc.split("\n\n")[0], allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -305,8 +290,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def make_folder(self, flag, path):
-        """Last of all checks, so that a wrong call leaves nothing behind."""
+    def make_folder(self, flag, path):  # last of all checks: a wrong call leaves nothing behind
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -318,10 +302,8 @@ def number(kind, low, high=math.inf):
     def check(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:  # nan compares as false
-            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} cannot work, give {limits}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
-
     check.__name__ = kind.__name__  # argparse says "invalid int value"
     return check
 
@@ -330,11 +312,10 @@ positive_int, natural, positive_float = number(int, 1), number(int, 0), number(f
 
 
 def pyplot():
-    """matplotlib without a display."""
     import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
+    matplotlib.use("Agg")  # no display
+    import matplotlib.pyplot
+    return matplotlib.pyplot
 
 
 def main():
@@ -346,16 +327,14 @@ def main():
     add("--num-steps", type=positive_int, default=4, help="K, Euler steps from noise to action")
     add("--episodes", type=positive_int, default=1000, help="episodes of each evaluation")
     add("--out", type=Path, default="runs/01_flow_policy", help="folder of policy and figure")
-    args = parser.parse_args()
+    args, start = parser.parse_args(), time.time()
     parser.make_folder("--out", args.out)
     torch.set_num_threads(1)  # on nets this small, threads only wait for each other
-    start = time.time()
     policy = toy_policy(args.seed, args.num_demos, args.sft_steps, args.out)
-    rates, seeds = {}, range(EVAL_SEED, EVAL_SEED + args.episodes)  # never trained on
-    for name, width in (("narrow", 0.3), ("wide", 0.9)):
-        rates[name] = evaluate(policy, GapWorld(width), seeds, args.num_steps).mean()
-        print(f"{name} starts (y within {width}): success {rates[name]:.3f}, ODE in "
-              f"{args.num_steps} steps")
+    seeds = episode_seeds("test", args.episodes)
+    narrow, wide = (evaluate(policy, GapWorld(width), seeds, args.num_steps).mean()
+                    for width in (0.3, 0.9))
+    print(f"success from narrow starts {narrow:.3f}, from wide ones {wide:.3f}")
     obs = {"state": torch.tensor([[-0.8, 0.5, -0.2]]).expand(200, 3)}
     path = policy.denormalise(ode_path(policy, obs, 32))[:, :, 0, 1]          # (200, 33)
     fig, ax = pyplot().subplots(layout="constrained")
@@ -363,9 +342,8 @@ def main():
     ax.set(title="200 noise draws become one decision", xlabel="t: noise (1) to action (0)",
            ylabel="vertical velocity, first action", xlim=(1, 0))
     fig.savefig(args.out / "flow_policy.png", dpi=120)
-    print(f"saved {args.out}/flow_policy.png")
-    print(f"RESULT narrow={rates['narrow']:.3f} wide={rates['wide']:.3f} "
-          f"episodes={args.episodes} seconds={time.time() - start:.0f}")
+    print(f"RESULT narrow={narrow:.3f} wide={wide:.3f} episodes={args.episodes} "
+          f"seconds={time.time() - start:.0f}")
 
 
 if __name__ == "__main__":

@@ -156,8 +156,9 @@ def main():
 
             x_0, fine = sample(one_obs), sample(one_obs, FINE)
             # many episodes from one start: their width is the sampler's
-            _, rows = world.play(act, [flow.EVAL_SEED] * args.episodes)
-            success, _ = world.play(act, range(flow.EVAL_SEED, flow.EVAL_SEED + args.episodes))
+            seeds = flow.episode_seeds("test", args.episodes)
+            _, rows = world.play(act, seeds[:1].repeat(args.episodes))
+            success, _ = world.play(act, seeds)
             name = "corrected" if corrected else "uncorrected"
             row = {"noise_level": noise_level, "mean": name, "spread": x_0.std(0).mean().item(),
                    "area": visited_area(rows), "distance": marginal_distance(x_0, ode),

@@ -8,21 +8,19 @@ ask which of the two explains the observed x_next better:
     E(v) = |x_next - mean(v)|^2 / (std^2 + eps)
     L    = softplus(dpo_beta / 2 * y * (E_pos - E_neg)),        y = +1 success, -1 failure
 
-A success says v_pos should win, a failure says v_neg should. No critic, no likelihood of the whole
-path, one forward pass per optimisation step. At delta = 0 the loss is ln 2, and its gradient is
-that of -y log N(x_next; mean, std^2), averaged over the executed actions, times beta dpo_beta
-std^2 / (std^2 + eps): REINFORCE on this one step, as long as theta = old.
+A success says v_pos should win, a failure v_neg. No critic, no likelihood of the whole path, one
+forward pass per optimisation step. At delta = 0 the loss is ln 2 and its gradient that of
+-y log N(x_next; mean, std^2), averaged over the executed actions, times beta dpo_beta std^2 /
+(std^2 + eps): REINFORCE on this one step, as long as theta = old.
 
     rollout (the old policy acts, with noise) -> labels -> update (the ranking loss) -> ema_update
 
 New since 02: the loss, the EMA (exponential moving average) by which the acting policy `old`
-follows the trained one, the iteration. `--target endpoint` asks instead which branch explains the
-end of the path, x_0 (DiffusionNFT): fine in narrow noise, and lost in wide. Left out of the
-published code: 32 padded action dims, and an off-by-one that labels an episode which succeeds in
-its very last chunk as a failure.
+follows the trained one, the iteration. `--target endpoint` asks which branch explains the end of
+the path, x_0, instead (DiffusionNFT). Left out of the published code: 32 padded action dims, and an
+off-by-one that labels an episode which succeeds in its very last chunk as a failure.
 
 Run:     python 03_step_loss.py            (about 25 s on one CPU core, SFT included)
-         python results/ablations.py       (the paper's ablations in miniature)
 Prints:  success so far beside the progress bar, then RESULT before (sft) and after (stepnft).
 Saves:   runs/03_step_loss/{log.csv, learning.png, policy.pt}
 """
@@ -48,9 +46,7 @@ sde = importlib.import_module("02_sde_sampler")
 
 def mirror(v_theta, v_old, beta, max_drift):
     """Two velocities at equal distance from v_old, one towards v_theta and one away: (B, H, A).
-
-    delta is shortened per action, so that its norm over the action dims is at most max_drift.
-    """
+    delta is shortened per action: its norm over the action dims is at most max_drift."""
     delta = v_theta - v_old
     norm = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)                  # (B, H, 1)
     delta = delta * (max_drift / norm.clamp(min=max_drift))
@@ -67,25 +63,25 @@ def step_error(v, x_t, x_next, t_cur, t_next, sigma, var_eps=1e-4):
 
 
 def endpoint_error(v, x_t, x_0, t_cur, t_next, sigma, var_eps=1e-4):
-    """The contrast: how badly a velocity predicts the end of the path, per action: (B, H).
-
-    DiffusionNFT's target. The variance is still that of the step, as in the official code.
-    """
+    """The contrast, DiffusionNFT's target: how badly a velocity predicts the end of the path, per
+    action: (B, H). The variance is still that of the step, as in the official code."""
     t_cur, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))     # (B, 1, 1)
     x0_hat = x_t - t_cur * v
     # E = sum over action dims of (x_0 - x0_hat(v))^2 / (std^2 + eps),     std^2 = sigma^2 dt
     return ((x_0 - x0_hat).pow(2) / (sigma**2 * (t_cur - t_next) + var_eps)).sum(-1)
 
 
+TARGETS = {"next": step_error, "endpoint": endpoint_error}
+
+
 def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=None, *, beta=1.0,
                   max_drift=0.5, dpo_beta=1.0, kl_weight=1e-4, error=step_error):
     """The pi-StepNFT loss of a batch of single denoising steps -> (scalar, info of 0-d tensors).
 
-    v_theta, v_old, x_t, target are (B, H, A); t_cur, t_next, sigma, y are (B,); mask (B, H) marks
-    the actions that were executed. Only v_theta carries a gradient. target: x_next, or x_0 with
-    error=endpoint_error.
-    info: rank_accuracy, margin: share of actions whose right branch has the lower E, and by how
-    much; drift, clipped: length of v_theta - v_old, share above max_drift; loss: without the KL.
+    v_theta, v_old, x_t and target (x_next, or x_0 for endpoint_error) are (B, H, A); t_cur, t_next,
+    sigma, y are (B,); mask (B, H) marks executed actions. Only v_theta carries a gradient. info:
+    loss, without the KL; rank_accuracy, margin: share of actions whose right branch has the lower
+    E, and by how much; drift, clipped: length of v_theta - v_old, share above max_drift.
     """
     assert v_theta.shape == v_old.shape == x_t.shape == target.shape, "expected four (B, H, A)"
     assert y.shape == t_cur.shape == x_t.shape[:1], f"y has shape {tuple(y.shape)}, expected (B,)"
@@ -94,14 +90,12 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
     v_pos, v_neg = mirror(v_theta, v_old, beta, max_drift)
     E_pos, E_neg = (error(v, x_t, target, t_cur, t_next, sigma) for v in (v_pos, v_neg))
     # L = softplus(dpo_beta / 2 * y * (E_pos - E_neg))
-    loss = F.softplus(dpo_beta / 2 * y * (E_pos - E_neg))                         # (B, H)
-    loss = executed_mean(loss, mask)
+    loss = executed_mean(F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)), mask)
     with torch.no_grad():
         drift = (v_theta - v_old).norm(dim=-1)
-        info = {"loss": loss, "rank_accuracy": (y * (E_neg - E_pos) > 0).float(),
-                "margin": y * (E_neg - E_pos), "drift": drift,
-                "clipped": (drift > max_drift).float()}
-        count = mask.sum().clamp(min=1)
+        margin, count = y * (E_neg - E_pos), mask.sum().clamp(min=1)
+        info = {"loss": loss, "rank_accuracy": margin > 0, "margin": margin, "drift": drift,
+                "clipped": drift > max_drift}
         info = {name: (value * mask).sum() / count for name, value in info.items()}
     # + kl_weight mean (v_theta - v_old)^2: a weak pull to v_old
     return loss + kl_weight * executed_mean((v_theta - v_old).pow(2).mean(-1), mask), info
@@ -122,17 +116,14 @@ def explore(policy, num_steps, noise_level):
     """An `act` for a world's `play`: SDE actions, with the whole denoising path recorded."""
     def act(obs):
         x_0, path = sde.sde_sample(policy, flow.to_device(obs, policy), num_steps, noise_level)
-        # x (B, K+1, H, A), v (B, K, H, A), sigma (B, K)
         return policy.denormalise(x_0).cpu(), {k: z.cpu() for k, z in path._asdict().items()}
     return act
 
 
 def labels(success, episode, group_size=1):
-    """Success per episode -> y per row: +1 success, -1 failure (the paper).
-
-    With group_size > 1, that many neighbours share a start and y is centred on their mean (GRPO's
-    baseline): a start that always fails or always succeeds gets y = 0 and teaches nothing.
-    """
+    """Success per episode -> y per row: +1 success, -1 failure (the paper). With group_size > 1,
+    that many neighbours share a start and y is centred on their mean (GRPO's baseline): a start
+    that always fails or always succeeds gets y = 0 and teaches nothing."""
     y = torch.as_tensor(success).float() * 2 - 1                                  # (episodes,)
     if group_size > 1:
         groups = y.view(-1, group_size)
@@ -141,11 +132,9 @@ def labels(success, episode, group_size=1):
 
 
 def recorded_steps(policy, batch):
-    """Recorded denoising steps of b rows, with the velocity that `policy` has there now.
-
-    batch["k"] (b, n) says which n of a row's K steps: the paper takes one at random. Returns (ctx,
-    a dict of what `step_nft_loss` takes, b * n entries each, with both targets x_next and x_0).
-    """
+    """Recorded denoising steps of b rows, with the velocity that `policy` has there now. batch["k"]
+    (b, n): which n of a row's K steps; the paper takes one at random. Returns (ctx, a dict of what
+    `step_nft_loss` takes, b * n entries each, with both targets x_next and x_0)."""
     batch = flow.to_device(batch, policy)
     k, rows = batch["k"], torch.arange(len(batch["k"]))[:, None]
     times, n = sde.time_grid(batch["v"].shape[1]).to(k.device), k.shape[1]
@@ -160,10 +149,8 @@ def recorded_steps(policy, batch):
 
 def update(policy, optimizer, batch, *, epochs=4, minibatch=512, grad_clip=1.0, target="next",
            loss=step_nft_loss, **loss_options):
-    """Minibatch steps of the ranking loss over a labelled batch -> mean info of all steps.
-
-    target: "next" or "endpoint", what the branches must explain. loss: for the ablations.
-    """
+    """Minibatch steps of the ranking loss over a labelled batch -> mean info of all steps. target:
+    "next" or "endpoint", what the branches must explain; loss: another one, to ablate this."""
     infos, loss_options = [], {"error": TARGETS[target], **loss_options}
     for _ in range(epochs):
         for rows in torch.randperm(len(batch["y"])).split(minibatch):
@@ -173,9 +160,6 @@ def update(policy, optimizer, batch, *, epochs=4, minibatch=512, grad_clip=1.0, 
             info["grad_norm"] = optimise(policy, optimizer, value, grad_clip)
             infos.append(info)
     return mean_info(infos)
-
-
-TARGETS = {"next": step_error, "endpoint": endpoint_error}
 
 
 def optimise(learners, optimizer, loss, grad_clip):
@@ -188,7 +172,6 @@ def optimise(learners, optimizer, loss, grad_clip):
 
 
 def mean_info(infos):
-    """[{name: 0-d tensor}, ...] -> {name: mean over the steps}."""
     return {name: torch.stack([info[name] for info in infos]).mean().item() for name in infos[0]}
 
 
@@ -216,12 +199,11 @@ def train_toy(args, log=None):
     policy, old = copy.deepcopy(sft), copy.deepcopy(sft)  # policy learns, old acts
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     world = flow.GapWorld()
-    test_seeds = range(flow.EVAL_SEED, flow.EVAL_SEED + 1000)  # training seeds start at 2 EVAL_SEED
-    before = rate = flow.evaluate(sft, world, test_seeds, args.num_steps).mean()
+    test_seeds = flow.episode_seeds("test", 1000)
+    before = flow.evaluate(sft, world, test_seeds, args.num_steps).mean()
     bar = tqdm(range(args.iterations), desc="pi-StepNFT", disable=None)
     for iteration in bar:
-        first = (2 + args.seed) * flow.EVAL_SEED + iteration * args.episodes
-        starts = np.arange(first, first + args.episodes // args.group_size)
+        starts = flow.episode_seeds("train", args.episodes // args.group_size, args.seed, iteration)
         seeds = np.repeat(starts, args.group_size)
         success, batch = world.play(explore(old, args.num_steps, args.noise_level), seeds)
         batch["k"] = torch.randint(args.num_steps, (len(batch["x"]), 1))
@@ -230,19 +212,17 @@ def train_toy(args, log=None):
                       max_drift=args.max_drift, dpo_beta=args.dpo_beta)
         alpha = ema_decay(iteration, args.iterations, *args.ema)
         ema_update(old, policy, alpha)
-        evaluating = (iteration + 1) % 10 == 0 or iteration + 1 == args.iterations
-        if evaluating:
+        rate = ""
+        if (iteration + 1) % 10 == 0 or iteration + 1 == args.iterations:
             rate = flow.evaluate(policy, world, test_seeds, args.num_steps).mean()
             bar.set_postfix(sft=f"{before:.3f}", now=f"{rate:.3f}")
         if log:
             log_row(log, {"iteration": iteration, "episodes": (iteration + 1) * args.episodes,
-                          "train_sde": success.mean(), "eval_ode": rate if evaluating else "",
-                          **info, "alpha": alpha})
+                          "train_sde": success.mean(), "eval_ode": rate, **info, "alpha": alpha})
     return sft, policy, before, rate
 
 
 def log_row(path, row):
-    """Appends a dict to a csv, with a header when the file is new."""
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, row)
         if file.tell() == 0:
@@ -251,14 +231,13 @@ def log_row(path, row):
 
 
 def read_log(path):
-    """The csv as {column: array}; empty cells (iterations without evaluation) become nan."""
+    """The csv as {column: array}; empty cells (no evaluation) become nan."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     return {k: np.array([float(r[k] or "nan") for r in rows]) for k in rows[0]}
 
 
 def draw_learning(log, success_ax, loss_ax):
-    """Success and loss against episodes played."""
     seen, played = ~np.isnan(log["eval_ode"]), log["episodes"] / 1000
     success_ax.plot(played, log["train_sde"], color="0.6", lw=1, label="old policy, SDE")
     success_ax.plot(played[seen], log["eval_ode"][seen], "o-", ms=3, color="#0072b2",
@@ -269,26 +248,25 @@ def draw_learning(log, success_ax, loss_ax):
     loss_ax.set(xlabel="training episodes, thousands", ylabel="loss")
 
 
-def draw_rollouts(ax, policy, seeds, title, num_steps):
-    """One line per ODE episode from the wide starts: solid if it arrives, dotted if it fails."""
-    world = flow.GapWorld()
+def draw_rollouts(ax, policy, title, num_steps):
+    """40 ODE episodes from the wide starts: solid if they arrive, dotted if they fail."""
+    world, seeds = flow.GapWorld(), flow.episode_seeds("test", 40)
     success, rows = world.play(
         lambda obs: (policy.denormalise(flow.ode_sample(policy, obs, num_steps)), {}), seeds)
     for e, ok in enumerate(success):
         trail = np.vstack([rows["state"][rows["episode"] == e, :2], world.position[e]])
-        ax.plot(*trail.T, "-" if ok else ":", color="#0072b2" if ok else "#d55e00", lw=1)
-        ax.plot(*trail[-1], "o" if ok else "x", color="#0072b2" if ok else "#d55e00", ms=5)
+        ax.plot(*trail.T, "-o" if ok else ":x", markevery=[-1], ms=5, lw=1,
+                color="#0072b2" if ok else "#d55e00")
     ax.axvline(0, color="0.6", lw=1)
     ax.plot(*world.goal, "o", ms=14, color="#009e73", alpha=0.4)
-    ax.set(title=f"{title}: {success.mean():.0%} arrive", xlim=(-1, 1), ylim=(-1, 1), xlabel="x",
-           ylabel="y")
+    ax.set(title=f"{title}: {success.mean():.0%} arrive", xlim=(-1, 1), ylim=(-1, 1))
 
 
-def add_method_flags(parser, **defaults):
-    """One flag per number of the method: the paper's values unless a script says otherwise."""
+def add_method_flags(parser):
+    """One flag per number of the method, with the paper's values."""
     add, positive = parser.add_argument, flow.positive_float
-    add("--target", default="next", choices=list(TARGETS), help="what the branches must explain: "
-        "the observed next step (the method), or the endpoint x_0 (DiffusionNFT)")
+    add("--target", default="next", choices=list(TARGETS),
+        help="what the branches must explain: the next step (the method), or the endpoint x_0")
     add("--group-size", type=flow.positive_int, default=1,
         help="episodes per start; above 1, labels are centred on their mean")
     add("--noise-level", type=positive, default=0.2, help="a, width of the exploration")
@@ -296,19 +274,15 @@ def add_method_flags(parser, **defaults):
     add("--beta", type=positive, default=1.0, help="distance of the branches, in units of delta")
     add("--max-drift", type=positive, default=0.5, help="longest delta, per action, in flow units")
     add("--dpo-beta", type=positive, default=1.0, help="slope of the ranking loss")
-    add("--ema", type=flow.number(float, 0, 1), nargs=2, default=[0.1, 0.995],
-        metavar=("START", "END"), help="how slowly the acting policy follows the trained one, "
-        "first and last iteration")
-    parser.set_defaults(**defaults)
+    add("--ema", type=flow.number(float, 0, 1), nargs=2, metavar=("START", "END"),
+        default=[0.1, 0.995], help="how slowly the acting policy follows, first and last iteration")
 
 
 def check_method(parser, args):
-    """Flags that are right alone and wrong together."""
     if args.episodes % args.group_size:
-        parser.error(f"--episodes {args.episodes} is no multiple of --group-size "
-                     f"{args.group_size}, the episodes from one start")
+        parser.error(f"--episodes {args.episodes} is no multiple of --group-size {args.group_size}")
     if args.ema[0] > args.ema[1]:
-        parser.error(f"--ema {args.ema[0]} {args.ema[1]}: END is below START; old slows down")
+        parser.error(f"--ema {args.ema[0]} {args.ema[1]}: END is below START, but old slows down")
 
 
 def parse_args(argv=None):
@@ -333,15 +307,11 @@ def main():
     sft, policy, before, after = train_toy(args, args.out / "log.csv")
     torch.save(policy.state_dict(), args.out / "policy.pt")
     fig, axes = flow.pyplot().subplots(2, 2, figsize=(10, 9), layout="constrained")
-    seeds = range(flow.EVAL_SEED, flow.EVAL_SEED + 40)
-    draw_rollouts(axes[0, 0], sft, seeds, "before (SFT)", args.num_steps)
-    draw_rollouts(axes[0, 1], policy, seeds, "after (pi-StepNFT)", args.num_steps)
+    for ax, shown, title in zip(axes[0], (sft, policy), ("before (SFT)", "after (pi-StepNFT)")):
+        draw_rollouts(ax, shown, title, args.num_steps)
     draw_learning(read_log(args.out / "log.csv"), *axes[1])
-    axes[1, 1].axhline(math.log(2), color="0.6", ls="--")
-    axes[1, 1].set_title("dashed: ln 2, the branches tie")
+    axes[1, 1].axhline(math.log(2), color="0.6", ls="--")  # the branches tie
     fig.savefig(args.out / "learning.png", dpi=120)
-    print(f"success on 1000 wide starts, ODE: SFT {before:.3f} -> trained policy {after:.3f}")
-    print(f"saved {args.out}/log.csv, learning.png, policy.pt")
     print(f"RESULT sft={before:.3f} stepnft={after:.3f} "
           f"episodes={args.iterations * args.episodes} seconds={time.time() - start:.0f}")
 

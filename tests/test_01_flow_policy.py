@@ -524,7 +524,7 @@ def test_the_script_trains_saves_and_reports(tmp_path):
     checkpoint, = (tmp_path / "out").glob("*.pt")
     policy = flow.FlowPolicy(4, 2, state_dim=3)
     policy.load_state_dict(torch.load(checkpoint, weights_only=True))
-    test = range(flow.EVAL_SEED, flow.EVAL_SEED + 8)
+    test = flow.episode_seeds("test", 8)
     rate = flow.evaluate(policy, flow.GapWorld(), test).mean()
     assert rate == pytest.approx(result["wide"], abs=1e-3)
     assert (tmp_path / "out" / "flow_policy.png").stat().st_size > 1000
@@ -572,3 +572,19 @@ def test_a_number_is_finite_and_within_its_limits(kind, low, high, good, bad):
     for text in bad:
         with pytest.raises((argparse.ArgumentTypeError, ValueError)):
             check(text)
+
+
+def test_seeds_of_two_splits_never_meet_and_any_run_seed_is_legal():
+    """The last two bits tell demo, validation, test and training apart, whatever the run."""
+    drawn = {split: np.concatenate([flow.episode_seeds(split, 2000, seed, iteration)
+                                    for seed in (0, 1, 7, 8, 123456789) for iteration in (0, 1)])
+             for split in ("demo", "validation", "test", "train")}
+    for split, seeds in drawn.items():
+        assert seeds.min() >= 0 and seeds.max() < 2**31
+        assert len(set(seeds.tolist())) > 0.999 * len(seeds)
+        assert all(not set(seeds.tolist()) & set(other.tolist())
+                   for name, other in drawn.items() if name != split)
+    first = flow.episode_seeds("train", 5, 3, 2)
+    assert np.array_equal(first, flow.episode_seeds("train", 9, 3, 2)[:5])   # more of the same
+    with pytest.raises(ValueError):
+        flow.episode_seeds("holdout", 1)

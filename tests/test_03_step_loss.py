@@ -794,7 +794,7 @@ def test_reinforcement_improves_over_few_shot_sft_on_the_toy_world():
     policy, world = flow.FlowPolicy(4, 2, state_dim=3), flow.GapWorld()
     flow.train_sft(policy, *flow.toy_demos(6, 0), 300)
     old, optimizer = copy.deepcopy(policy), torch.optim.Adam(policy.parameters(), lr=5e-4)
-    test = range(flow.EVAL_SEED, flow.EVAL_SEED + 1000)
+    test = flow.episode_seeds("test", 1000)
     before = flow.evaluate(policy, world, test).mean()
     for iteration in range(15):
         seeds = range(256 * iteration, 256 * (iteration + 1))
@@ -853,7 +853,7 @@ def test_train_toy_acts_with_the_ema_policy_on_fresh_seeds():
         assert not torch.equal(learned[i], learned[i - 1])
     played = [seed for seeds in seen.played for seed in seeds]
     assert len(set(played)) == len(played) == 60
-    assert not set(played) & set(range(flow.EVAL_SEED, flow.EVAL_SEED + 1000))
+    assert not set(played) & set(flow.episode_seeds("test", 1000).tolist())
     for success, batch in seen.batches:
         expected = [1 if success[e] else -1 for e in batch["episode"].tolist()]
         assert batch["y"].tolist() == expected
@@ -931,7 +931,7 @@ def test_the_script_trains_logs_and_saves(workplace, target, monkeypatch):
     assert log["eval_ode"][1] == pytest.approx(result["stepnft"], abs=1e-3)
     policy = flow.FlowPolicy(4, 2, state_dim=3)
     policy.load_state_dict(torch.load(workplace / "out" / "policy.pt", weights_only=True))
-    test = range(flow.EVAL_SEED, flow.EVAL_SEED + 1000)
+    test = flow.episode_seeds("test", 1000)
     rate = flow.evaluate(policy, flow.GapWorld(), test).mean()
     assert rate == pytest.approx(result["stepnft"], abs=2e-3)
     assert (workplace / "out" / "learning.png").stat().st_size > 1000

@@ -112,8 +112,8 @@ MUTANTS = {
         partial(t1.test_sampling_and_evaluation_never_look_into_the_context, "object"),
     )): [
         ("- dt * policy", "+ dt * policy"),                                # the other way
-        ("1 - k * dt,", "1 - (k + 1) * dt,"),                              # velocity at the wrong t
-        ("1 - k * dt,", "k * dt,"),                                        # time runs backwards
+        ("1 - k * dt)", "1 - (k + 1) * dt)"),                              # velocity at the wrong t
+        ("1 - k * dt)", "k * dt)"),                                        # time runs backwards
         ("t, ctx))", "t, policy.encode(obs)))"),                           # encodes at every step
     ],
     (flow, "sliding_chunks", (
@@ -253,15 +253,19 @@ MUTANTS = {
         ("mirror(v_theta, v_old,", "mirror(v_theta.detach(), v_old,"),     # detach too many
         ("F.softplus(dpo_beta / 2", "F.softplus(-dpo_beta / 2"),           # wrong sign of y
         ("F.softplus(dpo_beta / 2", "F.softplus(dpo_beta"),                # twice too steep
-        ("(E_pos - E_neg)) ", "(E_neg - E_pos)) "),                        # swapped branches
+        ("(E_pos - E_neg)),", "(E_neg - E_pos)),"),                        # swapped branches
         ("(error(v, x_t,", "(step_error(v, x_t,"),                         # deaf to error
-        ("executed_mean(loss, mask)", "loss.mean()"),                      # mask ignored
-        ("executed_mean(loss, mask)", "(loss * mask).sum() / mask.sum()"),  # long chunks weigh more
-        ("kl_weight * (", "0 * ("),                                        # no pull to v_old
+        ("executed_mean(F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)), mask)",
+         "F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)).mean()"),         # mask ignored
+        ("executed_mean(F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)), mask)",
+         "(F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)) * mask).sum() / mask.sum()"),  # long ones
+        ("kl_weight * executed", "0 * executed"),                          # no pull to v_old
+        ("executed_mean((v_theta - v_old).pow(2).mean(-1), mask)",
+         "(v_theta - v_old).pow(2).mean()"),                               # masked ones pull too
         ("(v_theta - v_old).pow(2)", "(v_pos - v_old).pow(2)"),            # clipped, beta in it
-        ('"margin": y * (E_neg - E_pos)', '"margin": E_neg - E_pos'),      # deaf to y
-        ("(drift > max_drift)", "(drift < max_drift)"),                    # the others
-        ("(value * mask).sum() / count", "value.mean()"),                  # metrics of the masked
+        ("margin, count = y *", "margin, count = 1 *"),                    # deaf to y
+        ("drift > max_drift", "drift < max_drift"),                        # the others
+        ("(value * mask).sum() / count", "value.float().mean()"),                  # metrics of the masked
     ],
     (loss, "executed_mean", (t3.test_the_executed_mean_is_the_slow_one, *LOSS_TESTS)): [
         ("(values * mask).sum(-1)", "values.sum(-1)"),                     # mask ignored
@@ -346,8 +350,8 @@ MUTANTS = {
         ("copy.deepcopy(sft), copy.deepcopy(sft)", "[copy.deepcopy(sft)] * 2"),  # old learns
         ("copy.deepcopy(sft), copy.deepcopy(sft)", "copy.deepcopy(sft), sft"),   # SFT is lost
         ("explore(old,", "explore(policy,"),                     # the learner acts
-        ("(2 + args.seed) * flow.EVAL_SEED +", "flow.EVAL_SEED +"),        # trains on the test
-        ("+ iteration * args.episodes\n", "\n"),                           # the same starts again
+        ('episode_seeds("train",', 'episode_seeds("test",'),                 # trains on the test
+        ("args.seed, iteration)", "args.seed, 0)"),                        # the same starts again
         ("np.repeat(starts, args.group_size)", "np.tile(starts, args.group_size)"),
         ("torch.randint(args.num_steps,", "torch.randint(args.num_steps - 1,"),  # skips the last k
         ('batch["episode"], args.group_size)', 'batch["episode"])'),       # deaf to the groups
