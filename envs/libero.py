@@ -6,8 +6,9 @@ LIBERO's tasks are robosuite environments on MuJoCo: a Panda arm, 20 actions a s
 one of them without robosuite's observations and rendering, equal to env.step to the last bit. There
 is no learning in this file, and importing it loads no simulator: they live in worker processes.
 
-A seed is TASK * task + number. Numbers 0-49 are the official initial states, 1000 and more random
-placements by the task's own samplers: the same start in any process, after any other episode.
+A seed is TASK * task + number. Numbers 0-49 are the official initial states, from 1000 up to 2^32
+random placements by the task's own samplers: the same start in any process, after any other
+episode.
 """
 
 import atexit
@@ -33,7 +34,7 @@ import torch
 
 from envs.workers import ChunkEnv, Workers, tokens
 
-TASK, OFFICIAL = 10_000_000, 50
+TASK, OFFICIAL = 2**32, 50
 # Control steps that evaluations on LIBERO usually grant; the scripted expert needs 57 to 154.
 TIME_LIMITS = {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
                "libero_90": 400}
@@ -41,8 +42,13 @@ ACTION_DIM = 7  # position and rotation deltas (+-1 is 5 cm, 0.5 rad), gripper -
 NO_OP = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stand still, gripper open
 
 
+def random_start(task, seed):
+    """Seeds of random placements: integers or arrays of them, seed below 2^31."""
+    return TASK * np.asarray(task, np.int64) + 1000 + seed
+
+
 def episode_name(seed):
-    """'task 3 from official state 7' or 'task 3 from placement 2000012 (seed 32000012)'."""
+    """'task 3 from official state 7' or 'task 3 from placement 2012 (seed 12884903900)'."""
     task, number = divmod(int(seed), TASK)
     start = f"official state {number}" if number < OFFICIAL else f"placement {number} (seed {seed})"
     return f"task {task} from {start}"
@@ -588,7 +594,7 @@ def recorded_images(demo, steps):
 
 
 def recorded_demos(suite, tasks, path, num_demos, skip_no_ops, obs, image_size=None):
-    """The first num_demos of each task's official HDF5 file -> [(task, rows, actions (T, 7))].
+    """The first num_demos of each task's official HDF5 file -> [(rows, actions (T, 7)), ...].
 
     path: a folder with LIBERO's file names, or one file. rows: state (T, S), tokens (T, 128) and,
     with obs="rgb", rgb (T, 2, 3, h, w): 100 kB a row at 128 pixels, all in memory. skip_no_ops
@@ -616,5 +622,5 @@ def recorded_demos(suite, tasks, path, num_demos, skip_no_ops, obs, image_size=N
                     if image_size not in (None, size):
                         raise SystemExit(f"--image-size {image_size}: the images of {file} have "
                                          f"{size} x {size} pixels, give --image-size {size}")
-                demos.append((task, rows, torch.from_numpy(actions).float()))
+                demos.append((rows, torch.from_numpy(actions).float()))
     return demos

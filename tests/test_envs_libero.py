@@ -75,6 +75,15 @@ def test_episodes_have_names():
         f"task 3 from placement 2000012 (seed {seed + 2_000_012})")
 
 
+def test_random_starts_are_of_their_task_and_no_official_state():
+    for task in (0, 3, 89):
+        starts = libero.random_start(task, np.array([0, 7, 2**31 - 1]))
+        tasks, numbers = np.divmod(starts, libero.TASK)
+        assert tasks.tolist() == [task] * 3 and numbers.tolist() == [1000, 1007, 2**31 + 999]
+    assert libero.random_start([2, 5], 4).tolist() == [
+        2 * libero.TASK + 1004, 5 * libero.TASK + 1004]
+
+
 @pytest.mark.parametrize("num_envs, homes", [
     (1, [{0}, {0}, {0}]), (2, [{0}, {1}, {0}]), (3, [{0}, {1}, {2}]),
     (7, [{0, 3, 6}, {1, 4}, {2, 5}])])
@@ -325,22 +334,22 @@ def recorded(soup, tmp_path_factory):
 def test_recorded_demos_give_the_states_that_were_seen(recorded, soup):
     file, seen = recorded
     demos = libero.recorded_demos("libero_object", [0], file.parent, 5, False, "state")
-    assert [task for task, _, _ in demos] == [0, 0]                # there are no more than two
-    assert all(set(rows) == {"state", "tokens"} for _, rows, _ in demos)
+    assert len(demos) == 2                                         # there are no more
+    assert all(set(rows) == {"state", "tokens"} for rows, _ in demos)
     # what is seen live is one physics step (2 ms) older than the joints
-    states = torch.cat([rows["state"] for _, rows, _ in demos]).numpy()
+    states = torch.cat([rows["state"] for rows, _ in demos]).numpy()
     np.testing.assert_allclose(states, seen, atol=2e-3)
     with h5py.File(file) as content:
-        for i, (_, rows, actions) in enumerate(demos):
+        for i, (rows, actions) in enumerate(demos):
             assert actions.dtype == torch.float32 and rows["tokens"].shape == (12, 128)
             np.testing.assert_allclose(actions, content[f"data/demo_{i}/actions"][:], rtol=1e-6)
-    assert bytes(demos[1][1]["tokens"][3].tolist()).decode().rstrip() == soup.instruction.lower()
+    assert bytes(demos[1][0]["tokens"][3].tolist()).decode().rstrip() == soup.instruction.lower()
 
 
 @sim
 def test_recorded_images_are_turned_upright(recorded):
     file, seen = recorded
-    (_, rows, actions), = libero.recorded_demos("libero_object", [0], file, 1, True, "rgb", SIZE)
+    (rows, actions), = libero.recorded_demos("libero_object", [0], file, 1, True, "rgb", SIZE)
     assert len(actions) == len(rows["state"]) == 10                # of 12, two did nothing
     moving = np.delete(seen[:12, :6], [5, 6], 0)
     np.testing.assert_allclose(rows["state"].numpy(), moving, atol=2e-3)
