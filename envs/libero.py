@@ -119,8 +119,10 @@ PLACES = {"basket": ((0, 0, 0.03), 0.10), "plate": ((0, 0, 0), 0.06),
 
 
 def look_up(table, name):
-    """A table's entry for ketchup_1 or basket_1_contain_region, None if there is none."""
-    return next((entry for key, entry in table.items() if name.startswith(key)), None)
+    """A table's entry for ketchup_1, LIBERO-PRO's blue_ketchup_1 or basket_1_contain_region, None
+    if there is none."""
+    return next((entry for key, entry in table.items()
+                 if re.match(rf"(\w+_)?{key}(_\d|$)", name)), None)
 
 
 def skill(goals, entities):
