@@ -6,13 +6,13 @@ played without looking again) by a learned velocity:
     dx_t / dt = v_theta(x_t, t, observation),        from t = 1 (noise) down to t = 0 (action)
 
 Flow matching trains v_theta on demonstrations: mix a demonstrated chunk x_0 with noise x_1 on a
-straight line, x_t = (1 - t) x_0 + t x_1, and regress the line's direction, v = x_1 - x_0. No
-likelihood is computed, and policy gradients need one: 03 brings a new idea. (Time as in SD3 and
-the code of pi-0; Lipman et al. 2023, who introduced flow matching, count it the other way.)
+straight line, x_t = (1 - t) x_0 + t x_1, and regress the line's direction, v = x_1 - x_0. Squared
+error makes v_theta the mean direction of the lines through x_t. No likelihood is computed, and
+policy gradients need one: 03 brings pi-StepNFT. (Time as in pi-0's code, not as in Lipman et al.)
 
 The world: a point robot must pass a gap in a wall. Six demonstrations start near the middle of the
-left edge, the test anywhere on it: the cloned policy (SFT, supervised fine-tuning) is good where it
-has seen data and poor elsewhere. RL will close that gap. Left out: the vision-language backbone.
+left edge, the test anywhere on it: the clone (SFT, supervised fine-tuning) is good where it has
+seen data and poor elsewhere, until RL. Left out: the large network for images and language.
 
 Run:     python 01_flow_policy.py          (about 10 s on one CPU core)
 Prints:  flow matching loss, then success from the demo starts (narrow) and from everywhere (wide).
@@ -38,7 +38,7 @@ from tqdm import tqdm
 class FlowPolicy(nn.Module):
     """Velocity field v_theta(x_t, t, obs) over chunks of H normalised actions.
 
-    Whatever offers encode, velocity, denormalise, horizon and action_dim is a policy here. What
+    Any nn.Module with encode, velocity, denormalise, horizon and action_dim is a policy here. What
     encode returns, ctx, is between encode and velocity: nothing else looks inside.
     """
 
@@ -68,7 +68,7 @@ class FlowPolicy(nn.Module):
 
     def fit_normalisation(self, obs, chunks):
         """From demos, per dimension: obs["state"] (N, S) gets mean 0 and std 1, chunks (N, H, A)
-        their 1 % and 99 % quantiles at -1 and +1. Floors keep what never moves as it is."""
+        their 1 % and 99 % quantiles at -1 and +1. Floors avoid dividing by 0."""
         self.state_centre.copy_(obs["state"].mean(0))
         self.state_scale.copy_(obs["state"].std(0).clamp(min=1e-2))
         low, high = (torch.quantile(chunks.flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
@@ -141,13 +141,13 @@ def train_sft(policy, obs, chunks, steps, lr=1e-3, batch_size=256):
     for _ in tqdm(range(steps), desc="SFT", disable=None, leave=False):  # None: only in a terminal
         rows = torch.randint(len(chunks), (batch_size,))
         batch = to_device({**take(obs, rows), "chunks": chunks[rows]}, policy)
-        loss = flow_matching_loss(policy, batch, policy.normalise(batch.pop("chunks")))
+        loss = flow_matching_loss(policy, batch, policy.normalise(batch["chunks"]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         decay.step()
-        losses.append(loss.detach())
-    return torch.stack(losses[-max(1, steps // 10):]).mean().item()  # of the last tenth
+        losses.append(loss.item())
+    return float(np.mean(losses[-max(1, steps // 10):]))  # of the last tenth
 
 
 # ------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def episode_seeds(split, count, seed=0, iteration=0):
 
 def evaluate(policy, world, seeds, num_steps=4):
     """Success (episodes,) bool of ODE sampling, the sampler behind every result. Two evaluations
-    share their starts, not their noise x_1: that depends on who is still playing."""
+    share their starts; their noise x_1 hangs on the row and the call, not on the episode."""
     def act(obs):
         x_0 = ode_sample(policy, to_device(obs, policy), num_steps)
         return policy.denormalise(x_0).cpu(), {}
@@ -342,7 +342,7 @@ def main():
     ax.set(title="200 noise draws become one decision", xlabel="t: noise (1) to action (0)",
            ylabel="vertical velocity, first action", xlim=(1, 0))
     fig.savefig(args.out / "flow_policy.png", dpi=120)
-    print(f"RESULT narrow={narrow:.3f} wide={wide:.3f} episodes={args.episodes} "
+    print(f"RESULT {narrow=:.3f} {wide=:.3f} episodes={args.episodes} "
           f"seconds={time.time() - start:.0f}")
 
 

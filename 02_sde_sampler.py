@@ -2,24 +2,24 @@
 
 The ODE of 01 turns one noise draw into one action chunk and explores only as widely as the demos.
 Noise in every denoising step widens it, and alone would also blur the distribution. Two lines say
-how to undo that. With dt = t - t_next, and x0_hat = x_t - t v, x1_hat = x_t + (1 - t) v, the ends
-of the line through x_t:
+how to undo that. With dt = t - t_next, and x0_hat = x_t - t v, x1_hat = x_t + (1 - t) v, the mean
+ends of the lines through x_t:
 
-    noise of variance sigma^2 dt spreads the density as a drift of -sigma^2 dt / 2 * score would
+(1) noise of variance sigma^2 dt spreads the density as a drift of -sigma^2 dt / 2 * score would
     (Fokker-Planck; score: the gradient of log p(x_t)), so the mean must add sigma^2 dt / 2 * score;
-    x_t given x_0 is N((1 - t) x_0, t^2), so the score is the mean of -(x_t - (1 - t) x_0) / t^2
-    = -x_1 / t over the x_1 that lead to x_t: score = -E[x_1 | x_t] / t = -x1_hat / t.
+(2) x_t given x_0 is N((1 - t) x_0, t^2), with score -(x_t - (1 - t) x_0) / t^2 = -x_1 / t; a
+    mixture's score is the mean of its parts', given x_t: -E[x_1 | x_t] / t = -x1_hat / t.
 
 The Euler step x_t - dt v is (1 - t_next) x0_hat + t_next x1_hat. Together (Flow-SDE, Flow-GRPO):
 
     x_next ~ N(mean, std^2),   mean = (1 - t_next) x0_hat + (t_next - sigma^2 dt / (2 t)) x1_hat
                                std  = sigma sqrt(dt),     sigma = noise_level sqrt(t / (1 - t))
 
-The first line is exact for small steps, so the SDE (the ODE plus noise) has the ODE's distribution
-at every t, its marginals. The second holds for the exact velocity field of flow matching, nearly
-for a fitted one, and less after RL. Every single step is a Gaussian with a known mean: the law that
-03 learns from. The last step is noisy too, unlike in many samplers: RL must see every step that it
-trains. Left out of the published code: log-probabilities of paths, which this method never needs.
+(1) is exact for small steps and any sigma, so the SDE (the ODE plus noise) has the ODE's
+distribution at every t, its marginals. (2) holds for the exact velocity field of flow matching,
+nearly for a fitted one, and less after RL. Every single step is a Gaussian with a known mean, which
+is all that 03 needs. The last step is noisy too, unlike in many samplers: without noise it would
+have no other outcome to compare with. Left out of the paper's code: log-probabilities of paths.
 
 Run:     python 02_sde_sampler.py          (about 15 s on one CPU core)
 Prints:  noise level against action spread, visited area, distance to the ODE's marginal, success.
@@ -105,7 +105,7 @@ def marginal_distance(a, b, projections=64):
     both on random directions, sort, compare.
 
     Zero for equal distributions, up to sampling noise. It is an average over directions: a shift
-    by 1 in one of eight dimensions counts 0.27.
+    by 1 in one of eight dimensions counts about 0.29.
     """
     a, b = a.flatten(1), b.flatten(1)
     directions = torch.randn(a.shape[1], projections)
@@ -138,8 +138,8 @@ def main():
     one_obs = {"state": torch.tensor([[-0.8, 0.5, -0.2]]).expand(args.samples, 3)}
     ode = flow.ode_sample(policy, one_obs, args.num_steps)
     ode_fine = flow.ode_sample(policy, one_obs, FINE)
-    floor = marginal_distance(ode, flow.ode_sample(policy, one_obs, args.num_steps))
-    print(f"distance between two ODE samples (the noise floor of that column): {floor:.4f}")
+    floor = marginal_distance(ode_fine, flow.ode_sample(policy, one_obs, FINE))
+    print(f"distance between two ODE samples (the noise floor of both columns): {floor:.4f}")
     print(f"{'noise':>6} {'mean':>12} {'spread':>8} {'area':>7} {'distance':>9} "
           f"{f'at K={FINE}':>9} {'success':>8}")
     table, fans, world = [], {}, flow.GapWorld()

@@ -3,7 +3,7 @@
 02 recorded noisy denoising steps x_t -> x_next, each a draw from a Gaussian whose mean is affine in
 the velocity. So one step can be judged by itself. Mirror the trained velocity around the one that
 acted, v_pos = v_old + beta delta and v_neg = v_old - beta delta with delta = v_theta - v_old, and
-ask which of the two explains the observed x_next better:
+ask which of these two branches explains the observed x_next better:
 
     E(v) = |x_next - mean(v)|^2 / (std^2 + eps)
     L    = softplus(dpo_beta / 2 * y * (E_pos - E_neg)),        y = +1 success, -1 failure
@@ -11,14 +11,15 @@ ask which of the two explains the observed x_next better:
 A success says v_pos should win, a failure v_neg. No critic, no likelihood of the whole path, one
 forward pass per optimisation step. At delta = 0 the loss is ln 2 and its gradient that of
 -y log N(x_next; mean, std^2), averaged over the executed actions, times beta dpo_beta std^2 /
-(std^2 + eps): REINFORCE on this one step, as long as theta = old.
+(std^2 + eps): REINFORCE on this one step. Further on E_pos - E_neg stays linear in delta (the
+squares cancel), so the slope is bounded and fades as the right branch wins.
 
     rollout (the old policy acts, with noise) -> labels -> update (the ranking loss) -> ema_update
 
 New since 02: the loss, the EMA (exponential moving average) by which the acting policy `old`
-follows the trained one, the iteration. `--target endpoint` asks which branch explains the end of
-the path, x_0, instead (DiffusionNFT). Left out of the published code: 32 padded action dims, and an
-off-by-one that labels an episode which succeeds in its very last chunk as a failure.
+follows the trained one, ever more slowly, the iteration. `--target endpoint` asks which branch
+explains the end of the path, x_0, instead (DiffusionNFT). Left out of the paper's code: 32 padded
+action dims, and an off-by-one that calls an episode which succeeds in its last chunk a failure.
 
 Run:     python 03_step_loss.py            (about 25 s on one CPU core, SFT included)
 Prints:  success so far beside the progress bar, then RESULT before (sft) and after (stepnft).
@@ -46,7 +47,7 @@ sde = importlib.import_module("02_sde_sampler")
 
 def mirror(v_theta, v_old, beta, max_drift):
     """Two velocities at equal distance from v_old, one towards v_theta and one away: (B, H, A).
-    delta is shortened per action: its norm over the action dims is at most max_drift."""
+    delta is shortened to max_drift per action: a longer one is not rewarded any more."""
     delta = v_theta - v_old
     norm = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)                  # (B, H, 1)
     delta = delta * (max_drift / norm.clamp(min=max_drift))
@@ -97,12 +98,12 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
         info = {"loss": loss, "rank_accuracy": margin > 0, "margin": margin, "drift": drift,
                 "clipped": drift > max_drift}
         info = {name: (value * mask).sum() / count for name, value in info.items()}
-    # + kl_weight mean (v_theta - v_old)^2: a weak pull to v_old
+    # + kl_weight mean (v_theta - v_old)^2, the KL of two such Gaussians up to a factor
     return loss + kl_weight * executed_mean((v_theta - v_old).pow(2).mean(-1), mask), info
 
 
 def executed_mean(values, mask):
-    """Mean of (B, H) over a row's executed actions, then over the rows that have any -> scalar."""
+    """(B, H) -> mean over a row's executed actions, then over the rows that have any: scalar."""
     actions = mask.sum(-1)                                                        # (B,)
     per_row = (values * mask).sum(-1) / actions.clamp(min=1)
     return per_row.sum() / (actions > 0).sum().clamp(min=1)
@@ -133,8 +134,8 @@ def labels(success, episode, group_size=1):
 
 def recorded_steps(policy, batch):
     """Recorded denoising steps of b rows, with the velocity that `policy` has there now. batch["k"]
-    (b, n): which n of a row's K steps; the paper takes one at random. Returns (ctx, a dict of what
-    `step_nft_loss` takes, b * n entries each, with both targets x_next and x_0)."""
+    (b, n): which n of a row's K steps, one at random in the paper. Returns (ctx, for a critic, and
+    what `step_nft_loss` takes, a dict with b * n entries each and both targets x_next and x_0)."""
     batch = flow.to_device(batch, policy)
     k, rows = batch["k"], torch.arange(len(batch["k"]))[:, None]
     times, n = sde.time_grid(batch["v"].shape[1]).to(k.device), k.shape[1]
@@ -249,7 +250,6 @@ def draw_learning(log, success_ax, loss_ax):
 
 
 def draw_rollouts(ax, policy, title, num_steps):
-    """40 ODE episodes from the wide starts: solid if they arrive, dotted if they fail."""
     world, seeds = flow.GapWorld(), flow.episode_seeds("test", 40)
     success, rows = world.play(
         lambda obs: (policy.denormalise(flow.ode_sample(policy, obs, num_steps)), {}), seeds)
@@ -263,7 +263,7 @@ def draw_rollouts(ax, policy, title, num_steps):
 
 
 def add_method_flags(parser):
-    """One flag per number of the method, with the paper's values."""
+    """The method's main numbers, with the paper's values."""
     add, positive = parser.add_argument, flow.positive_float
     add("--target", default="next", choices=list(TARGETS),
         help="what the branches must explain: the next step (the method), or the endpoint x_0")
@@ -273,7 +273,7 @@ def add_method_flags(parser):
     add("--num-steps", type=flow.positive_int, default=4, help="K, denoising steps")
     add("--beta", type=positive, default=1.0, help="distance of the branches, in units of delta")
     add("--max-drift", type=positive, default=0.5, help="longest delta, per action, in flow units")
-    add("--dpo-beta", type=positive, default=1.0, help="slope of the ranking loss")
+    add("--dpo-beta", type=positive, default=1.0, help="slope of the ranking (DPO ranks so, too)")
     add("--ema", type=flow.number(float, 0, 1), nargs=2, metavar=("START", "END"),
         default=[0.1, 0.995], help="how slowly the acting policy follows, first and last iteration")
 
