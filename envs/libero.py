@@ -564,10 +564,11 @@ def demo_file(path):
                          "fetch it again") from None
 
 
-def recorded_states(suite, task, file, num_demos, skip_no_ops):
+def recorded_states(suite, task, file, num_demos, skip_no_ops, first):
     """Replays the simulator states of a file -> [(demo, steps (T,), states (T, S), actions)].
 
-    Runs in a process of its own, like every simulator. Steps are what is left of the demo's.
+    Runs in a process of its own, like every simulator. Steps are what is left of the demo's, from
+    `first` on.
     """
     tasks, _, problems = read_suite(suite)
     wanted = problems[task].instruction.lower(), tasks.get_task(task).language.lower()
@@ -583,14 +584,16 @@ def recorded_states(suite, task, file, num_demos, skip_no_ops):
             still = np.abs(actions[:, :6]).max(axis=1) < 1e-4
             same_grip = np.append(False, actions[1:, 6] == actions[:-1, 6])
             steps = np.flatnonzero(~(still & same_grip) | (not skip_no_ops))
+            steps = steps[steps >= first]
             seen = sim.replay(states[steps], data[name].attrs["model_file"])
             demos.append((name, steps, seen, actions[steps]))
         return demos
 
 
 def recorded_images(demo, steps):
-    """(T, 2, 3, height, width) uint8, turned upright: in the files they lie upside down."""
-    images = [demo["obs"][f"{camera}_rgb"][:][steps, ::-1, ::-1]
+    """What was seen before each of these steps, (T, 2, 3, height, width) uint8. The files hold the
+    state before an action beside the image after it, upside down: it is turned upright here."""
+    images = [demo["obs"][f"{camera}_rgb"][:][steps - 1, ::-1, ::-1]
               for camera in ("agentview", "eye_in_hand")]
     return torch.from_numpy(np.stack(images, axis=1)).permute(0, 1, 4, 2, 3)
 
@@ -599,9 +602,10 @@ def recorded_demos(suite, tasks, path, num_demos, skip_no_ops, obs, image_size=N
     """The first num_demos of each task's official HDF5 file -> [(rows, actions (T, 7)), ...].
 
     path: a folder with LIBERO's file names, or one file. rows: state (T, S), tokens (T, 128) and,
-    with obs="rgb", rgb (T, 2, 3, h, w): 100 kB a row at 128 pixels, all in memory. skip_no_ops
-    leaves out steps that do nothing. SystemExit in one line for files that are missing, broken, of
-    another task, or with images of another size than image_size.
+    with obs="rgb", rgb (T, 2, 3, h, w): 100 kB a row at 128 pixels, all in memory, and without the
+    first step, of which there is no image. skip_no_ops leaves out steps that do nothing. SystemExit
+    in one line for files that are missing, broken, of another task, or with images of another size
+    than image_size.
     """
     demos, path = [], Path(path)
     spawn = multiprocessing.get_context("spawn")
@@ -613,7 +617,8 @@ def recorded_demos(suite, tasks, path, num_demos, skip_no_ops, obs, image_size=N
                 raise SystemExit(f"--demos: {file} is missing; give the folder of LIBERO's "
                                  f"demonstrations for --suite {suite}, or --demos scripted")
             sentence = tokens(read_suite(suite).problems[task].instruction)
-            found = pool.submit(recorded_states, suite, task, file, num_demos, skip_no_ops).result()
+            found = pool.submit(recorded_states, suite, task, file, num_demos, skip_no_ops,
+                                int(obs == "rgb")).result()
             for name, steps, states, actions in found:
                 rows = {"state": torch.from_numpy(states[:, :state_size(suite, obs)]),
                         "tokens": torch.from_numpy(np.tile(sentence, (len(steps), 1)))}

@@ -225,52 +225,74 @@ def test_a_worker_plays_what_is_played_here_and_its_death_is_one_line(soup):
 # Images
 
 
-LIBEROS_OWN = """
-import os, sys
-os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = sys.argv[1]
-import mujoco, numpy as np
+# What LIBERO's scripts/create_dataset.py does with an episode, in a process without our code: states
+# before each action, what env.step returned after it, and the first five steps are left out.
+RECORD = """
+import json, os, sys
+gl, size, path, actions = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = gl
+import h5py, mujoco, numpy as np
 from libero.libero import benchmark
 from libero.libero.envs import OffScreenRenderEnv
 tasks = benchmark.get_benchmark_dict()["libero_object"]()
-env = OffScreenRenderEnv(bddl_file_name=tasks.get_task_bddl_file_path(0),
-                         camera_heights=int(sys.argv[2]), camera_widths=int(sys.argv[2]))
+env = OffScreenRenderEnv(bddl_file_name=tasks.get_task_bddl_file_path(0), camera_heights=size,
+                         camera_widths=size)
 env.reset()
 mujoco.mj_resetData(env.sim.model._model, env.sim.data._data)  # else reset leaks into the episode
-env.set_init_state(tasks.get_task_init_states(0)[3])
+env.sim.set_state_from_flattened(tasks.get_task_init_states(0)[3])
+env.sim.forward()
 env.robots[0].controller.update(force=True)
 env.robots[0].controller.reset_goal()
 for _ in range(10):
     env.step([0, 0, 0, 0, 0, 0, -1])
-seen = []
-for action in ([0.5, -1, 0.3, 0.2, 0, -0.4, 1], [0] * 6 + [1]):
-    env._update_observables(force=True)
-    obs = env.env._get_observations()
-    seen.append(obs)
-    env.step(action)
-np.savez(sys.argv[3], **{name: np.stack([obs[name] for obs in seen]) for name in (
-    "agentview_image", "robot0_eye_in_hand_image", "robot0_eef_pos", "robot0_gripper_qpos")})
+states, seen = [], []
+for action in actions:
+    states.append(env.sim.get_state().flatten())
+    seen.append(env.step(action)[0])
+with h5py.File(path, "w") as content:
+    data = content.create_group("data")
+    data.attrs["problem_info"] = json.dumps({"language_instruction": env.language_instruction})
+    demo = data.create_group("demo_0")
+    demo.attrs["model_file"] = env.sim.model.get_xml()
+    demo["actions"], demo["states"] = np.array(actions)[5:], np.stack(states)[5:]
+    for name, key in (("agentview_rgb", "agentview_image"), ("ee_pos", "robot0_eef_pos"),
+                      ("eye_in_hand_rgb", "robot0_eye_in_hand_image"),
+                      ("gripper_states", "robot0_gripper_qpos")):
+        demo["obs/" + name] = np.stack([obs[key] for obs in seen])[5:]
 """
 
 
 @sim
-def test_a_worker_sees_the_pixels_of_liberos_own_rendering(gl, tmp_path):
-    """OffScreenRenderEnv in a process without our code: states and images equal to the last bit."""
-    reference = subprocess.Popen(
-        [sys.executable, "-c", LIBEROS_OWN, gl, str(SIZE), str(tmp_path / "own.npz")], cwd=tmp_path)
-    workers = libero.make_workers("libero_object", [0], 1, obs="rgb", image_size=SIZE, max_steps=2,
+def test_live_and_recorded_images_are_liberos_own(gl, tmp_path):
+    """An official file, recorded with LIBERO's own environment, and a worker that repeats it.
+
+    States and pixels of the worker equal LIBERO's to the last bit. A row of the loaded file holds
+    what the worker saw at the row's state, and one step later or earlier it saw something else.
+    """
+    actions = np.random.default_rng(2).integers(-64, 65, (12, 7)) / 64  # float32 holds these
+    recorder = subprocess.Popen([sys.executable, "-c", RECORD, gl, str(SIZE), str(tmp_path / SOUP),
+                                 json.dumps(actions.tolist())], cwd=tmp_path)
+    workers = libero.make_workers("libero_object", [0], 1, obs="rgb", image_size=SIZE, max_steps=12,
                                   gl=gl)
-    action = torch.tensor([0.5, -1, 0.3, 0.2, 0, -0.4, 1]).expand(1, 1, 7)
-    _, rows = workers.play(lambda obs: (action, {}), [3])
+    queue = iter(torch.from_numpy(actions).float()[:, None, None])
+    _, live = workers.play(lambda obs: (next(queue), {}), [3])
     workers.close()
-    assert reference.wait() == 0
-    own = np.load(tmp_path / "own.npz")
-    assert np.array_equal(rows["state"][:, :3].numpy(), own["robot0_eef_pos"].astype(np.float32))
-    assert np.array_equal(rows["state"][:, 4:].numpy(),
-                          own["robot0_gripper_qpos"].astype(np.float32))
-    for images, name in zip(rows["rgb"].unbind(1), ("agentview", "robot0_eye_in_hand")):
-        turned = own[f"{name}_image"][:, ::-1, ::-1].transpose(0, 3, 1, 2)
-        assert turned.std() > 10 and not np.array_equal(turned[0], turned[1])
-        assert np.array_equal(images.numpy(), turned)
+    assert recorder.wait() == 0
+    with h5py.File(tmp_path / SOUP) as content:
+        own = {name: values[:] for name, values in content["data/demo_0/obs"].items()}
+    state, images = live["state"].numpy(), live["rgb"].numpy()
+    assert np.array_equal(own["ee_pos"].astype(np.float32)[:-1], state[6:, :3])
+    assert np.array_equal(own["gripper_states"].astype(np.float32)[:-1], state[6:, 4:])
+    for camera, name in enumerate(("agentview_rgb", "eye_in_hand_rgb")):
+        upright = own[name][:-1, ::-1, ::-1].transpose(0, 3, 1, 2)
+        assert upright.std() > 10 and np.array_equal(upright, images[6:, camera])
+
+    (rows, acted), = libero.recorded_demos("libero_object", [0], tmp_path, 1, False, "rgb", SIZE)
+    np.testing.assert_allclose(acted, actions[6:], rtol=1e-6)  # the first has no image before it
+    np.testing.assert_allclose(rows["state"], state[6:], atol=4e-3)  # live: 2 ms older
+    assert np.array_equal(rows["rgb"], images[6:])
+    for other in (rows["rgb"][1:], images[6:-1]), (rows["rgb"][:-1], images[7:]):
+        assert all((a.numpy() != b).any((1, 2, 3)).all() for a, b in zip(*other))
 
 
 GLOW = """
@@ -369,18 +391,18 @@ def test_recorded_demos_give_the_states_that_were_seen(recorded, soup):
 
 
 @sim
-def test_recorded_images_are_turned_upright(recorded):
+def test_recorded_images_of_steps_that_were_left_out_serve_the_next(recorded):
     file, seen = recorded
     (rows, actions), = libero.recorded_demos("libero_object", [0], file, 1, True, "rgb", SIZE)
-    assert len(actions) == len(rows["state"]) == 10                # of 12, two did nothing
-    moving = np.delete(seen[:12, :6], [5, 6], 0)
+    assert len(actions) == len(rows["state"]) == 9         # of 12; two did nothing, one is first
+    moving = np.delete(seen[:12, :6], [0, 5, 6], 0)
     np.testing.assert_allclose(rows["state"].numpy(), moving, atol=2e-3)
     images = rows["rgb"]
-    assert images.shape == (10, 2, 3, SIZE, SIZE) and images.dtype == torch.uint8
+    assert images.shape == (9, 2, 3, SIZE, SIZE) and images.dtype == torch.uint8
     with h5py.File(file) as content:
-        for row, step in ((0, 0), (5, 7), (9, 11)):
+        for row, step in ((0, 1), (4, 7), (8, 11)):
             for camera, name in enumerate(("agentview", "eye_in_hand")):
-                raw = content[f"data/demo_0/obs/{name}_rgb"][step]
+                raw = content[f"data/demo_0/obs/{name}_rgb"][step - 1]
                 upright = np.rot90(raw, 2).transpose(2, 0, 1)
                 assert np.array_equal(images[row, camera].numpy(), upright)
 
