@@ -36,7 +36,7 @@ from envs.workers import ChunkEnv, Workers, tokens
 
 TASK, OFFICIAL = 2**32, 50
 # Control steps that evaluations on LIBERO usually grant; the scripted expert needs 57 to 154.
-TIME_LIMITS = {"libero_spatial": 280, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
+TIME_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
                "libero_90": 400}
 ACTION_DIM = 7  # position and rotation deltas (+-1 is 5 cm, 0.5 rad), gripper -1 open, +1 close
 NO_OP = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stand still, gripper open
