@@ -246,13 +246,6 @@ class ManiSkillSim:
                 setattr(env, name, changes[name])
         if "arm_noise" in changes:
             env.table_scene.robot_init_qpos_noise = changes["arm_noise"]
-        if "friction" in changes:
-            fingers = [env.agent.finger1_link, env.agent.finger2_link]
-            for shape in [shape for actor in [*self.task.objects(env), *fingers]
-                          for shape in actor._bodies[0].get_collision_shapes()]:
-                old = shape.get_physical_material()
-                rub = [changes["friction"] * f for f in (old.static_friction, old.dynamic_friction)]
-                shape.set_physical_material(sapien.physx.PhysxMaterial(*rub, old.restitution))
         if "table" in changes:
             for material in self.materials(env.table_scene.table):
                 material.set_base_color_texture(None)
@@ -260,7 +253,7 @@ class ManiSkillSim:
         if "tint" in changes:  # shades of the things' colours that were never seen
             for material in self.materials(*self.task.objects(env)):
                 now = np.float32(material.base_color[:3])
-                material.set_base_color([*(now + changes["tint"] * (now[::-1] - now)), 1])
+                material.set_base_color([*(now + changes["tint"] * (now[[1, 2, 0]] - now)), 1])
         if "light" in changes:
             scene = env.scene.sub_scenes[0]
             scene.set_ambient_light([0.3 * changes["light"]] * 3)
@@ -296,9 +289,8 @@ class ManiSkillSim:
             self.sentence, = env.instructions
         # what a variant or a demo draws; the episode itself is ManiSkill's
         self.rng, self.noise = np.random.default_rng(seed), np.random.default_rng(seed)
-        direction = self.rng.standard_normal(3)
-        self.bias = np.float32(direction / np.linalg.norm(direction))
-        self.sideways = np.float32([*direction[:2] / np.linalg.norm(direction[:2]), 0])
+        direction = self.rng.standard_normal(2)
+        self.sideways = np.float32([*direction / np.linalg.norm(direction), 0])
         self.seed, self.steps, self.frames = seed, 0, []
 
     def fresh_physics(self):
@@ -403,8 +395,6 @@ class ManiSkillSim:
                 rgb = rgb + self.rng.normal(0, 255 * changes["image_noise"], rgb.shape)
             return {**obs, "rgb": np.clip(rgb, 0, 255).astype(np.uint8)}
         offsets = self.places() - proprio[:3]
-        if "pose_bias" in changes:
-            offsets += changes["pose_bias"] * self.bias
         if "pose_noise" in changes:
             offsets += changes["pose_noise"] * self.rng.standard_normal(offsets.shape)
         offsets *= self.shown[:, None]
@@ -456,31 +446,30 @@ def expert(skill, held, to_object, to_goal):
 # ------------------------------------------------------------------------------------------------
 # Out of distribution: the paper's three axes. Nothing here is ever trained or validated on.
 
-# What a policy sees of the poses, and of the images
-STATE_VISION = [("pose noise 5 mm", {"pose_noise": 0.005}),
-                ("pose noise 10 mm", {"pose_noise": 0.01}),
-                ("pose bias 5 mm", {"pose_bias": 0.005}), ("pose bias 10 mm", {"pose_bias": 0.01})]
+# What a policy sees of the poses, and of the images. What turned out to change nothing is not here:
+# pose noise of 5 mm, a constant error of 10 mm, a fifth of the friction.
+STATE_VISION = [("pose noise 10 mm", {"pose_noise": 0.01})]
 RGB_VISION = [("table colour", {"table": (0.15, 0.3, 0.2)}), ("object shades", {"tint": 0.35}),
               ("dim light", {"light": 0.4}), ("camera moved 5 cm", {"camera": (0.03, 0.03, 0.03)}),
               ("image noise 0.05", {"image_noise": 0.05}),
               ("image noise 0.15", {"image_noise": 0.15})]
 SEMANTIC = [("held-out combinations", {"combinations": HELD_OUT}),
             ("paraphrase", {"sentence": "move the {thing} onto the {pad} pad"}),
-            ("pad named first", {"sentence": "on the {pad} pad, put the {thing}"}),
-            ("second distractor object", {"distractors": (2, 1)}),
-            ("second distractor pad", {"distractors": (1, 2)})]
+            ("pad named first", {"sentence": "on the {pad} pad, put the {thing}"})]
+# In a state every thing and pad has a place of its own, and one more of them changed nothing.
+RGB_SEMANTIC = SEMANTIC + [("second distractor object", {"distractors": (2, 1)}),
+                           ("second distractor pad", {"distractors": (1, 2)})]
 EXECUTION = [("robot start pose noise 0.1 rad", {"arm_noise": 0.1}),
-             ("object moved 3 cm in mid-episode", {"moved": 0.03}),
-             ("friction x 0.2", {"friction": 0.2})]
+             ("object moved 3 cm in mid-episode", {"moved": 0.03})]
 STARTS = {"PutOnPad-v1": {"spread": 1.6}, "PickCube-v1": {"cube_spawn_center": (0, 0.2)}}
 
 
 def variants(task, obs):
     """[(axis, variant, changes)] of a task and an observation mode; in-distribution first."""
     starts = [("starts outside the training region", STARTS[task])] if task in STARTS else []
-    suite = {"in-distribution": [("as in training", {})],
-             "vision": STATE_VISION if obs == "state" else RGB_VISION,
-             "semantic": SEMANTIC if task == "PutOnPad-v1" else [],
+    vision, semantic = {"state": (STATE_VISION, SEMANTIC), "rgb": (RGB_VISION, RGB_SEMANTIC)}[obs]
+    suite = {"in-distribution": [("as in training", {})], "vision": vision,
+             "semantic": semantic if task == "PutOnPad-v1" else [],
              "execution": starts + EXECUTION}
     return [(axis, *variant) for axis, kinds in suite.items() for variant in kinds]
 
