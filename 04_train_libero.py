@@ -28,6 +28,7 @@ import argparse
 import copy
 import datetime
 import importlib
+import itertools
 import os
 import sys
 import tempfile
@@ -50,24 +51,25 @@ nft = importlib.import_module("03_step_loss")
 
 
 class RobotPolicy(flow.FlowPolicy):
-    """FlowPolicy whose observation may also hold images and a sentence.
+    """FlowPolicy that may also see images, rgb (B, cameras, 3, h, w) uint8, and read a sentence,
+    tokens (B, L) uint8, its bytes.
 
-    state (B, S) float32; rgb (B, cameras, 3, h, w) uint8; tokens (B, L) uint8, a sentence's bytes.
     The last 3 * `slots` numbers of the state are positions (m) of things that the sentence may
-    name: it decides which are looked at.
+    name: it decides which are looked at. The flow lives in the `moving` ones of the action_size
+    action dims; the others stay where they were in the demos, and get no noise and no credit.
     """
 
-    def __init__(self, horizon, action_dim, state_dim, cameras=0, language=False, slots=0,
+    def __init__(self, horizon, moving, action_size, state_dim, cameras=0, language=False, slots=0,
                  width=512, depth=3):
-        # what rebuilds this policy; part of the checkpoint
-        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        config = dict(horizon=horizon, moving=moving, action_size=action_size, cameras=cameras,
+                      state_dim=state_dim, language=language, slots=slots, width=width, depth=depth)
         # two numbers for each of 64 feature maps, 64 a sentence, three a head of attention
         context = state_dim - 3 * slots + 128 * cameras + 64 * language + 12 * (slots > 0)
-        super().__init__(horizon, action_dim, context, width, depth)
-        self.config, self.context_dim = config, context
-        self.state_dim, self.cameras = state_dim, cameras
-        self.language, self.slots = language, slots
+        super().__init__(horizon, len(moving), context, width, depth)
+        self.config, self.context_dim = config, context  # config rebuilds it from a checkpoint
+        self.moving, self.cameras, self.language, self.slots = moving, cameras, language, slots
         self.state_centre, self.state_scale = torch.zeros(state_dim), torch.ones(state_dim)
+        self.register_buffer("still", torch.zeros(action_size))  # what the other dims do
         if cameras:  # one net, shared by the cameras
             self.image_encoder = nn.Sequential(
                 nn.Conv2d(3, 32, 7, stride=2), nn.SiLU(), nn.Conv2d(32, 32, 3, stride=2),
@@ -80,7 +82,8 @@ class RobotPolicy(flow.FlowPolicy):
 
     def encode(self, obs):
         """obs -> ctx (B, C), everything about the observation that the velocity needs."""
-        parts = [super().encode(obs)[:, :self.state_dim - 3 * self.slots]]
+        state = super().encode(obs)                                          # (B, S)
+        parts = [state[:, :state.shape[1] - 3 * self.slots]]
         if self.cameras:
             images = obs["rgb"].flatten(0, 1).float() / 255 - 0.5            # (B*cameras, 3, h, w)
             # half precision for the images; the head keeps 32 bits, RL compares close velocities
@@ -98,18 +101,28 @@ class RobotPolicy(flow.FlowPolicy):
             parts.append(10 * (weights @ places).flatten(1))      # (B, 12), decimetres: order 1
         return torch.cat(parts, dim=-1)
 
-    @property
-    def used(self):
-        """(A,) bool: action dims whose range in the demos is more than a tenth of [-1, 1]."""
-        return self.action_scale > 0.1
+    def fit_normalisation(self, obs, chunks):
+        super().fit_normalisation(obs, chunks[..., self.moving])
+        self.still.copy_(chunks.flatten(0, 1).mean(0))
+
+    def normalise(self, actions):
+        return super().normalise(actions[..., self.moving])
+
+    def denormalise(self, x_0):
+        actions = self.still.repeat(*x_0.shape[:-1], 1)
+        actions[..., self.moving] = super().denormalise(x_0)
+        return actions
+
+
+def moving_dims(chunks):
+    """Action dims whose range in the demos (N, H, A) is more than a tenth of [-1, 1]."""
+    low, high = (torch.quantile(chunks.flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
+    return torch.where(high - low > 0.2)[0].tolist()
 
 
 def spatial_softmax(maps):
-    """Feature maps (N, C, h, w) -> the point each looks at, x and y in [-1, 1]: (N, 2 C).
-
-    A map becomes a probability over pixels, and its mean position the feature (Levine et al. 2016):
-    where things are, to a fraction of a pixel, and nothing else.
-    """
+    """Feature maps (N, C, h, w) -> the point each looks at, x and y in [-1, 1]: (N, 2 C). A map
+    becomes a probability over pixels, and its mean position the feature (Levine et al. 2016)."""
     height, width = maps.shape[2:]
     chance = maps.flatten(2).softmax(-1).view_as(maps)
     x, y = (torch.linspace(-1, 1, size, device=maps.device) for size in (width, height))
@@ -179,59 +192,50 @@ def equal_rows(batch):
 # Demonstrations and SFT
 
 
-def held_chunks(actions, horizon, action_repeat):
-    """Actions of a demo (T, A) -> chunks (T, H, A) whose actions are held for several steps: each
-    is the mean of that many steps of the demo."""
-    return flow.sliding_chunks(actions, horizon * action_repeat).unflatten(
-        1, (horizon, action_repeat)).mean(2)
-
-
 def follow(obs):
     """The scripted expert's action, which the observation holds, as a chunk of one."""
     return obs["action"][:, None], {}
 
 
-def scripted_demos(world, seeds, horizon, action_repeat=1):
-    """Plays the expert and keeps the successes -> (obs of N rows, chunks (N, H, A))."""
-    success, rows = world.play(follow, seeds)
+def scripted_demos(world, candidates, num_demos):
+    """The expert's first num_demos successes in each task -> [(rows, actions (T, A)), ...].
+
+    candidates: for each task, the seeds to try in this order.
+    """
+    demos, missing = [], {task: num_demos for task in range(len(candidates))}
+    candidates = [iter(seeds) for seeds in candidates]
+    while missing:
+        tries = [(task, seed) for task, n in missing.items()
+                 for seed in itertools.islice(candidates[task], n)]
+        if not tries:
+            raise SystemExit(f"--num-demos {num_demos}: the expert failed too often; use less "
+                             "--demo-noise or more --max-steps")
+        success, rows = world.play(follow, [seed for _, seed in tries])
+        for e in np.flatnonzero(success):
+            demo = flow.take(rows, rows["episode"] == e)
+            demos.append((demo, demo.pop("action")))
+            missing[tries[e][0]] -= 1
+        missing = {task: n for task, n in missing.items() if n}
     world.close()
-    if not success.any():
-        raise SystemExit("no demonstration succeeded: use less --demo-noise or more --max-steps")
-    kept = [torch.where(rows["episode"] == e)[0] for e in np.flatnonzero(success)]
-    chunks = torch.cat([held_chunks(rows["action"][k], horizon, action_repeat) for k in kept])
-    print(f"{len(kept)} of {len(seeds)} demos succeeded: {len(chunks)} chunks of {horizon} "
-          f"actions", flush=True)
-    obs = {k: v for k, v in rows.items() if k not in ("action", "episode", "mask")}
-    return flow.take(obs, torch.cat(kept)), chunks
+    return demos
 
 
-def collect_demos(args):
-    """--demos scripted, or a PATH to LIBERO's files -> (obs of N rows, chunks (N, H, 7))."""
-    if args.demos == "scripted":
-        first = DEMOS + args.seed * 1000
-        seeds = [libero.TASK * task + first + i for i in range(args.num_demos)
-                 for task in args.tasks]
-        world = make_world(args, demo_noise=args.demo_noise)
-        return scripted_demos(world, seeds, args.horizon, args.action_repeat)
-    demos = libero.recorded_demos(args.suite, args.tasks, args.demos, args.num_demos,
-                                  args.skip_no_ops, args.obs, args.image_size)
-    chunks = torch.cat([held_chunks(actions, args.horizon, args.action_repeat)
-                        for _, _, actions in demos])
-    print(f"{len(demos)} recorded demos: {len(chunks)} chunks of {args.horizon} actions")
-    return {k: torch.cat([rows[k] for _, rows, _ in demos]) for k in demos[0][1]}, chunks
-
-
-def clone(args, make_policy, collect):
+def clone(args, make_policy, collect_demos):
     """The SFT policy: this run's (--resume), another run's (--sft), or trained on demos."""
-    if args.resume:
-        return load_policy(args.resume.parent / "sft.pt", args.device)
-    if args.sft:
-        policy = load_policy(args.sft, args.device)
+    if args.resume or args.sft:
+        policy = load_policy(args.sft or args.resume.parent / "sft.pt", args.device)
     else:
+        demos, H, R = collect_demos(args), args.horizon, args.action_repeat
+        # an action that is held for R steps does what the demo did in them, on average
+        chunks = torch.cat([flow.sliding_chunks(actions, H * R).unflatten(1, (H, R)).mean(2)
+                            for _, actions in demos])
+        print(f"{len(demos)} demos, {len(chunks)} chunks of {H} actions", flush=True)
+        obs = {name: torch.cat([rows[name] for rows, _ in demos]) for name in demos[0][0]}
         torch.manual_seed(args.seed)
-        policy = make_policy(args)
+        policy = make_policy(args, moving_dims(chunks)).to(args.device)
         average_gradients(policy)
-        loss = flow.train_sft(policy.to(args.device), *collect(args), args.sft_steps)
+        torch.manual_seed(args.seed + rank_of()[0])  # each rank draws minibatches of its own
+        loss = flow.train_sft(policy, obs, chunks, args.sft_steps)
         print(f"SFT: flow matching loss {loss:.3f}")
     save(args.out / "sft.pt", policy, args)
     return policy
@@ -243,7 +247,6 @@ def clone(args, make_policy, collect):
 
 class StepNFT:
     """The method as `train` uses it: how to explore, and what to learn from the episodes."""
-
     beside = ()  # modules that learn beside the policy and are saved with it: a critic, say
 
     def __init__(self, args):
@@ -259,16 +262,11 @@ class StepNFT:
         batch["k"] = torch.arange(args.num_steps).expand(rows, -1)
         if args.transitions == "one":
             batch["k"] = torch.randint(args.num_steps, (rows, 1))
-
-        def loss(v_theta, v_old, **steps):  # noise in the other dims changes nothing: no credit
-            return nft.step_nft_loss(torch.where(policy.used, v_theta, v_old), v_old, **steps)
-
-        return nft.update(policy, optimizer, equal_rows(batch), epochs=args.epochs, loss=loss,
+        return nft.update(policy, optimizer, equal_rows(batch), epochs=args.epochs,
                           minibatch=args.minibatch, target=args.target, beta=args.beta,
                           max_drift=args.max_drift, dpo_beta=args.dpo_beta)
 
-    def decay(self, iteration):
-        """alpha: how much of the acting policy stays."""
+    def decay(self, iteration):  # alpha: how much of the acting policy stays
         return nft.ema_decay(iteration, self.args.iterations, *self.args.ema)
 
 
@@ -281,20 +279,21 @@ def train(args, sft, world, method, start_seeds, validate):
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     for module in method.beside:
         optimizer.add_param_group({"params": module.parameters(), "lr": module.lr})
-    parts = dict(policy=policy, old=old, optimizer=optimizer,
-                 **{f"beside{i}": module for i, module in enumerate(method.beside)})
+    parts = {"policy": policy, "old": old, "optimizer": optimizer,
+             **{f"beside{i}": module for i, module in enumerate(method.beside)}}
     for module in (policy, *method.beside):
         average_gradients(module)
     state = {"iteration": 0, "env_steps": 0}
     if args.resume:
         state = load_run(args, parts)
     elif args.iterations:
+        (args.out / "log.csv").unlink(missing_ok=True)  # of a run that never had a checkpoint
         validate(sft, "SFT")
 
     while state["iteration"] < args.iterations:
         start, i = time.time(), state["iteration"]
         # a random stream of its own for each iteration and rank: a resumed run repeats it
-        torch.manual_seed((args.seed * 100_000 + i) * 1000 + rank_of()[0])
+        torch.manual_seed(int(flow.episode_seeds("train", 1, args.seed, i)[0]) + rank_of()[0])
         print(f"iteration {i + 1}/{args.iterations}", flush=True)
         success, batch = world.play(method.explore(old), share(start_seeds(i)))
         played = time.time()
@@ -384,26 +383,26 @@ def device(text):
 
 def checkpoint(text):
     """A flag's type: a file that `save` wrote."""
-    if not Path(text).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: no such file; a run saves them in its --out")
     try:
         content = torch.load(text, map_location="cpu", weights_only=True)
         content["config"], content["policy"], content["flags"]
+    except FileNotFoundError:
+        raise argparse.ArgumentTypeError(f"{text}: no such file; train first") from None
     except Exception:  # torch raises many kinds for a file that is something else
         raise argparse.ArgumentTypeError(f"{text} is not a checkpoint of this repo") from None
     return Path(text)
 
 
 # Of a checkpoint's flags, what belongs to the machine or the call, and what may change in a run
-OF_THE_CALL = {"script", "out", "resume", "eval_only", "expert_only", "device", "num_envs", "video",
-               "sft"}
+OF_THE_CALL = {"script", "out", "resume", "eval_only", "device", "video", "sft"}
 FREE = {"iterations", "eval_every", "eval_episodes", "test_episodes", "eval_suites", "eval_ood",
-        "ood_episodes"}
+        "ood_episodes", "num_envs"}
 
 
-def add_run_flags(parser, **defaults):
+def add_run_flags(parser, envs_per_core, **defaults):
     """Demos, training, evaluation and logs of 04 and 05."""
     add, positive_int, natural = parser.add_argument, flow.positive_int, flow.natural
+    # torchrun's ranks on one machine share its cores
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     add("--num-demos", type=positive_int, default=20, help="demonstrations per task for SFT")
     add("--demo-noise", type=flow.number(float, 0), default=0.1, help="noise on demo actions")
@@ -421,13 +420,12 @@ def add_run_flags(parser, **defaults):
     add("--eval-every", type=positive_int, default=5, help="iterations between validations")
     add("--eval-episodes", type=positive_int, default=200, help="episodes per validation")
     add("--test-episodes", type=positive_int, default=200, help="episodes of the final test")
-    add("--num-envs", type=positive_int, default=2 * max(cores, 1),
+    add("--num-envs", type=positive_int, default=envs_per_core * max(cores, 1),
         help="simulators at a time, for each rank of torchrun")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
         help="of the policy")
     add("--seed", type=natural, default=0, help="seed of demos, SFT, rollouts and updates")
     add("--out", type=Path, default="runs", help="folder of logs and checkpoints")
-    add("--expert-only", action="store_true", help="test the scripted controller and stop")
     add("--video", type=natural, default=0, metavar="N", help="film N test episodes as mp4")
     add("--resume", action="store_true", help="continue the run in --out, with its flags")
     add("--eval-only", type=checkpoint, metavar="FILE", help="test this policy and stop")
@@ -443,11 +441,14 @@ def parse_run(parser, argv=None):
     if path:
         if not path.exists():
             parser.error(f"--resume: {path} is missing; start without --resume")
-        flags = torch.load(checkpoint(path), map_location="cpu", weights_only=True)["flags"]
+        try:
+            flags = torch.load(checkpoint(path), map_location="cpu", weights_only=True)["flags"]
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--resume: {error}")
         if flags["script"] != parser.prog:
             parser.error(f"{path} was trained by {flags['script']}")
         stored = {name: flags[name] for name in flags.keys() - OF_THE_CALL}
-        parser.set_defaults(**stored)
+        parser.set_defaults(**stored, out=path.parent)
         args = parser.parse_args(argv)
     for name in stored.keys() - FREE - ({"tasks"} if args.eval_only else set()):
         if getattr(args, name) != stored[name]:
@@ -456,12 +457,13 @@ def parse_run(parser, argv=None):
     nft.check_method(parser, args)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if args.episodes % (ranks * args.group_size):
-        parser.error(f"--episodes {args.episodes}: {ranks} ranks need a multiple of "
+        parser.error(f"--episodes {args.episodes}: {ranks} ranks of groups need a multiple of "
                      f"{ranks * args.group_size}")
     if min(args.eval_episodes, args.test_episodes, vars(args).get("ood_episodes", ranks)) < ranks:
-        parser.error(f"--eval-episodes, --test-episodes, --ood-episodes: at least {ranks}, one for "
-                     "each rank")
-    if not (stored or args.expert_only) and (args.out / "log.csv").exists():
+        parser.error(f"--eval-episodes, --test-episodes, --ood-episodes: give {ranks}, one a rank")
+    if args.resume and args.sft:
+        parser.error("--sft: a run that goes on with --resume has its clone already")
+    if not stored and (args.out / "last.pt").exists():
         parser.error(f"--out {args.out} holds a run: --resume continues it, another --out keeps it")
     args.resume = args.resume and path
     args.flags = {"script": parser.prog, **{name: str(value) if isinstance(value, Path) else value
@@ -473,17 +475,14 @@ def check_clone(parser, args, policy):
     """--sft must hold a policy of the kind that this run would train."""
     if args.sft:
         config = torch.load(args.sft, map_location="cpu", weights_only=True)["config"]
-        for name, value in policy.config.items():
-            if config[name] != value:
+        for name in policy.config.keys() - {"moving"}:  # that comes from the demos
+            if config[name] != policy.config[name]:
                 parser.error(f"--sft {args.sft}: its policy has {name} {config[name]}, this run "
-                             f"needs {value}")
+                             f"needs {policy.config[name]}")
 
 
 # ------------------------------------------------------------------------------------------------
-# LIBERO. The seed of an episode is a task and a start: see envs/libero.py.
-
-# Random placements: demos, validation, test and training have ranges of their own
-DEMOS, VALIDATION, TEST, TRAIN = 1000, 1_000_000, 1_500_000, 2_000_000
+# LIBERO. A seed of envs/libero.py is a task and a start: an official one or a random placement.
 
 
 def make_world(args, suite=None, demo_noise=None, film=None):
@@ -495,66 +494,63 @@ def make_world(args, suite=None, demo_noise=None, film=None):
         image_size=args.image_size, gl=args.gl, film=film)
 
 
-def make_policy(args):
-    return RobotPolicy(args.horizon, libero.ACTION_DIM, args.state_dim,
+def make_policy(args, moving):
+    return RobotPolicy(args.horizon, moving, libero.ACTION_DIM, args.state_dim,
                        cameras=2 * (args.obs == "rgb"), language=len(args.tasks) > 1)
 
 
-def episode_seeds(tasks, placements):
-    """Placements -> seeds, the tasks taking turns; equal placements (one group) are one start."""
-    placements = np.asarray(placements, dtype=int)
-    return np.asarray(tasks)[placements % len(tasks)] * libero.TASK + placements
+def collect_demos(args):
+    """--demos scripted, or a PATH to LIBERO's files -> [(rows, actions (T, 7)), ...]."""
+    if args.demos != "scripted":
+        return libero.recorded_demos(args.suite, args.tasks, args.demos, args.num_demos,
+                                     args.skip_no_ops, args.obs, args.image_size)
+    starts = flow.episode_seeds("demo", 10 * args.num_demos, args.seed)
+    return scripted_demos(make_world(args, demo_noise=args.demo_noise),
+                          [libero.random_start(task, starts) for task in args.tasks],
+                          args.num_demos)
 
 
-def official(tasks):
-    return [libero.TASK * task + i for task in tasks for i in range(libero.OFFICIAL)]
-
-
-def test(name, play, args, suite, starts, seeds):
-    """play(seeds) -> success; prints the rate, and writes a csv row for each task -> the rate."""
-    success = play(seeds)
-    for task in args.tasks:
-        own = success[np.asarray(seeds) // libero.TASK == task]
-        if len(own):
-            nft.log_row(args.out / "test.csv", {"policy": name, "suite": suite, "task": task,
-                                                "starts": starts, **rated(own)})
-    return report(f"test, {name}, {suite}, {starts}", success)
+def random_starts(args, split, count, *run, group_size=1):
+    """Seeds of `count` episodes, the tasks taking turns; group_size neighbours share one start."""
+    starts = flow.episode_seeds(split, count // group_size, *run)
+    return np.repeat(libero.random_start(np.resize(args.tasks, len(starts)), starts), group_size)
 
 
 def test_all(policies, args, world):
     """Official and random starts in the suite of the training, official ones in --eval-suites, then
-    films of the last policy -> the rates on the training suite's official starts."""
-    rates, last = [], list(policies.values())[-1]
+    films of the last policy; test.csv has a row for each task -> {policy: success}, official."""
+    official = [libero.TASK * task + i for task in args.tasks for i in range(libero.OFFICIAL)]
+    random, rates = random_starts(args, "test", args.test_episodes), {}
     if not args.eval_only:  # its rows are added, under the path of the policy
         (args.out / "test.csv").unlink(missing_ok=True)
-    random = episode_seeds(args.tasks, range(TEST, TEST + args.test_episodes))
     for suite in [args.suite, *args.eval_suites]:
-        if suite != args.suite:
+        kinds = {"official initial states": official}
+        if suite == args.suite:
+            kinds["random placements"] = random
+        else:
             world = make_world(args, suite)
-        for name, policy in policies.items():
-            def play(seeds):
-                return evaluate(policy, world, seeds, args.num_steps)
-
-            rate = test(name, play, args, suite, "official initial states", official(args.tasks))
-            if suite == args.suite:
-                rates.append(rate)
-                test(name, play, args, suite, "random placements", random)
+        for starts, seeds in kinds.items():
+            for name, policy in policies.items():
+                success = evaluate(policy, world, seeds, args.num_steps)
+                rate = report(f"test, {name}, {suite}, {starts}", success)
+                rates.setdefault(name, rate)  # the first: official starts, suite of the training
+                for task in args.tasks:
+                    own = success[np.asarray(seeds) // libero.TASK == task]
+                    if len(own):
+                        nft.log_row(args.out / "test.csv", {
+                            "policy": name, "suite": suite, "task": task, "starts": starts,
+                            **rated(own)})
         world.close()  # two sets of simulators may be more than the memory
     if args.video and not rank_of()[0]:
         filmed = make_world(args, film=args.out / "videos")
-        flow.evaluate(last, filmed, random[:args.video], args.num_steps)
+        flow.evaluate(policy, filmed, random[:args.video], args.num_steps)
         filmed.close()
         print(f"saved {args.video} episodes in {args.out}/videos")
     return rates
 
 
-def test_expert(args):
-    """--expert-only: the scripted controller, without noise, on the official initial states."""
-    world = make_world(args, demo_noise=0)
-    rate = test("expert", lambda seeds: world.play(follow, seeds)[0], args, args.suite,
-                "official initial states", official(args.tasks))
-    world.close()
-    print(f"RESULT suite={args.suite} tasks={len(args.tasks)} success={rate:.3f}")
+def task(text):
+    return text if text == "all" else flow.natural(text)
 
 
 def parse_args(argv=None):
@@ -562,12 +558,11 @@ def parse_args(argv=None):
     parser = flow.Parser(__doc__)
     add, suites = parser.add_argument, ", ".join(libero.TIME_LIMITS)
     add("--suite", default="libero_object", help=f"LIBERO suite: {suites}")
-    add("--tasks", nargs="+", default=["0"],
-        help="task numbers in the suite, or all (with --expert-only: all that it can do)")
+    add("--tasks", type=task, nargs="+", default=[0], help="task numbers in the suite, or all")
     add("--obs", default="state", choices=["state", "rgb"],
         help="poses of the objects, or two cameras (needs EGL or OSMesa); and the hand's pose")
-    add("--image-size", type=flow.number(int, 48, 1024), default=128,
-        help="height and width of the camera images; with --demos PATH that of the files, 128")
+    add("--image-size", type=flow.number(int, 48, 1024), default=128, help="height and width of "
+        "the images; with --demos PATH that of the files, 128")
     add("--demos", default="scripted", metavar="PATH",
         help="scripted, or a folder (or file) of LIBERO's official HDF5 demonstrations")
     add("--action-repeat", type=flow.positive_int, default=4, metavar="R",
@@ -575,39 +570,34 @@ def parse_args(argv=None):
     add("--skip-no-ops", action="store_true", help="leave out recorded steps that do nothing")
     add("--eval-suites", nargs="*", default=[], metavar="SUITE", help="further suites for the "
         "final test; _swap _object _lan _task are LIBERO-PRO's variants of --suite")
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    add_run_flags(parser, num_demos=3, demo_noise=0.5, sft_steps=2000, iterations=10, horizon=1,
-                  lr=3e-5, eval_every=5, eval_episodes=100, test_episodes=100,
-                  num_envs=4 * max(cores, 1), out="runs/04_train_libero", group_size=8,
-                  noise_level=0.5, dpo_beta=0.1, ema=[0.1, 0.5])
+    add_run_flags(parser, envs_per_core=4, num_demos=3, demo_noise=0.5, sft_steps=2000,
+                  iterations=10, horizon=1, lr=3e-5, eval_every=5, eval_episodes=100,
+                  test_episodes=100, out="runs/04_train_libero", group_size=8, noise_level=0.5,
+                  dpo_beta=0.1, ema=[0.1, 0.5])
     args = parse_run(parser, argv)
 
-    problems = libero.read_suite(args.suite).problems
-    able, numbers = libero.able_tasks(args.suite), {str(i): i for i in range(len(problems))}
-    for task in args.tasks if args.tasks != ["all"] else []:
-        if task not in numbers:
-            parser.error(f"--tasks {task}: {args.suite} has 0 to {len(problems) - 1}, or all")
-    every = args.expert_only and able or range(len(problems))
-    args.tasks = sorted(every if args.tasks == ["all"] else {numbers[task] for task in args.tasks})
-    scripted = args.demos == "scripted" and not (args.resume or args.eval_only or args.sft)
-    for task in args.tasks if scripted else []:
-        if task not in able:
-            parser.error(f"--tasks {task}: no scripted expert for '{problems[task].instruction}'; "
-                         f"in this suite it can do {able or 'none, try --suite libero_object'}")
-    if args.demos != "scripted" and not Path(args.demos).exists():
+    every = range(len(libero.read_suite(args.suite).problems))
+    args.tasks = list(every) if "all" in args.tasks else sorted(set(args.tasks))
+    if not set(args.tasks) <= set(every):
+        parser.error(f"--tasks {args.tasks}: {args.suite} has 0 to {every[-1]}, or all")
+    scripted, able = args.demos == "scripted", libero.able_tasks(args.suite)
+    demos_wanted = not (args.resume or args.eval_only or args.sft)
+    if scripted and demos_wanted and not set(args.tasks) <= set(able):
+        parser.error(f"--tasks {args.tasks}: --suite {args.suite} has no scripted expert but for "
+                     f"the tasks {able}; give --demos PATH")
+    if not scripted and demos_wanted and not Path(args.demos).exists():
         parser.error(f"--demos {args.demos}: no such file or folder")
-    if args.max_steps is None:  # 140 is enough for all scripted demos but libero_spatial's task 5
-        limit = next((n for k, n in libero.TIME_LIMITS.items() if args.suite.startswith(k)), 400)
-        args.max_steps = limit if args.expert_only or args.demos != "scripted" else 140
+    limit = next((n for k, n in libero.TIME_LIMITS.items() if args.suite.startswith(k)), 400)
+    # 140 is enough for all scripted demos but libero_spatial's task 5
+    args.max_steps = args.max_steps or (140 if scripted else limit)
     args.state_dim = libero.state_size(args.suite, args.obs)
     args.eval_suites = [args.suite + s if s.startswith("_") else s for s in args.eval_suites]
     for suite in args.eval_suites:
-        if (len(libero.read_suite(suite).problems) <= max(args.tasks)
+        if (len(libero.read_suite(suite, "--eval-suites").problems) <= max(args.tasks)
                 or libero.state_size(suite, args.obs) > args.state_dim):
-            parser.error(f"--eval-suites {suite} has no task {max(args.tasks)}, or more things in "
-                         f"a task than --suite {args.suite}")
-    if not (args.resume or args.eval_only or args.expert_only):
-        check_clone(parser, args, make_policy(args))
+            parser.error(f"--eval-suites {suite} has fewer tasks, or more things in one, than "
+                         f"--suite {args.suite}")
+    check_clone(parser, args, make_policy(args, [0]))
     args.gl = libero.find_gl() if args.obs == "rgb" or args.video else None
     parser.make_folder("--out", args.out)
     return args
@@ -619,29 +609,26 @@ def main():
     if args.obs == "state":
         torch.set_num_threads(1)  # a small net: the cores are for the simulators
     print(" ".join(f"{k}={v}" for k, v in args.flags.items()), flush=True)
-    if args.expert_only:
-        return test_expert(args)
     told = f"RESULT suite={args.suite} task={','.join(map(str, args.tasks))}"
     if args.eval_only:
-        policy = load_policy(args.eval_only, args.device)
-        rate, = test_all({str(args.eval_only): policy}, args, make_world(args))
-        return print(f"{told} success={rate:.3f} episodes={libero.OFFICIAL * len(args.tasks)} "
+        policies = {str(args.eval_only): load_policy(args.eval_only, args.device)}
+        rates = test_all(policies, args, make_world(args))
+        return print(f"{told} success={rates[str(args.eval_only)]:.3f} "
                      f"seconds={time.time() - start:.0f}")
     sft = clone(args, make_policy, collect_demos)
     world = make_world(args)
 
     def start_seeds(iteration):
-        first = TRAIN + args.seed * 1_000_000 + iteration * args.episodes
-        starts = np.arange(first, first + args.episodes // args.group_size)
-        return episode_seeds(args.tasks, np.repeat(starts, args.group_size))
+        return random_starts(args, "train", args.episodes, args.seed, iteration,
+                             group_size=args.group_size)
 
     def validate(policy, name):
-        seeds = episode_seeds(args.tasks, range(VALIDATION, VALIDATION + args.eval_episodes))
+        seeds = random_starts(args, "validation", args.eval_episodes)
         return report(f"validation, {name}", evaluate(policy, world, seeds, args.num_steps))
 
     policy, env_steps = train(args, sft, world, StepNFT(args), start_seeds, validate)
     policies = {"SFT": sft, "pi-StepNFT": policy} if args.iterations else {"SFT": sft}
-    rates = test_all(policies, args, world)
+    rates = list(test_all(policies, args, world).values())
     print(f"{told} sft={rates[0]:.3f} stepnft={rates[-1]:.3f} "
           f"episodes={args.iterations * args.episodes} env_steps={env_steps} "
           f"seconds={time.time() - start:.0f}")

@@ -36,9 +36,6 @@ from envs import maniskill
 flow, sde, nft, robot = map(importlib.import_module, (
     "01_flow_policy", "02_sde_sampler", "03_step_loss", "04_train_libero"))
 
-# Disjoint episodes: demos 0.., validation, test and OOD on their own ranges, training above them.
-VALIDATION, TEST, OOD, TRAIN = 1_000_000, 1_500_000, 1_700_000, 2_000_000
-
 # ------------------------------------------------------------------------------------------------
 # The baselines: PPO with a critic, and GRPO, the same without one. Their likelihood is that of one
 # noisy step: the other steps of a chunk are the ODE's (Flow-SDE, as in the paper's baselines).
@@ -57,17 +54,27 @@ def one_noisy_step(policy, num_steps, noise_level):
 
 
 class Critic(nn.Module):
-    """V(observation) for PPO: an MLP on the policy's encoding, which it does not train."""
+    """V(observation, time) for PPO: an MLP on the policy's encoding, which it does not train."""
 
     lr = 1e-3  # it starts from nothing, the policy does not
 
     def __init__(self, context, width=256):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(context, width), nn.Tanh(), nn.Linear(width, width),
-                                 nn.Tanh(), nn.Linear(width, 1))
+        self.net = nn.Sequential(nn.Linear(context + 1, width), nn.Tanh(),
+                                 nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
 
-    def forward(self, ctx):
-        return self.net(ctx.detach())[:, 0]                                     # (B,)
+    def forward(self, ctx, elapsed):
+        """ctx (B, C), elapsed (B,): how much of the time limit is over -> (B,)."""
+        return self.net(torch.cat([ctx.detach(), elapsed[:, None]], -1))[:, 0]
+
+
+def elapsed_time(episode, chunks):
+    """episode (rows,), in the order of time -> (rows,): chunks played before, over the limit."""
+    played, elapsed = {}, []
+    for e in episode.tolist():
+        elapsed.append(played.get(e, 0) / chunks)
+        played[e] = played.get(e, 0) + 1
+    return torch.tensor(elapsed)
 
 
 def gae(values, success, episode, gamma=0.99, lam=0.95):
@@ -95,11 +102,14 @@ def log_prob(v, x_t, x_next, t_cur, t_next, sigma, mask):
 
 
 def ppo_update(policy, critic, optimizer, batch, *, epochs, minibatch, clip=0.2, grad_clip=1.0,
-               huber_delta=10.0):
+               huber_delta=10.0, target_kl=0.05):
     """The clipped objective on the one noisy step of each chunk -> mean info of all steps.
 
-    batch["y"] holds the advantages; with a critic also batch["returns"]. critic=None is GRPO.
+    batch["y"] holds the advantages; with a critic also batch["returns"] and batch["elapsed"].
+    critic=None is GRPO. Once a minibatch is further than target_kl from the old policy, the policy
+    rests and only the critic goes on: untrained, it would send the first iteration anywhere.
     """
+    resting = False
     infos, learners = [], nn.ModuleList([policy, critic] if critic else [policy])
     for _ in range(epochs):
         for rows in torch.randperm(len(batch["y"])).split(minibatch):
@@ -109,13 +119,19 @@ def ppo_update(policy, critic, optimizer, batch, *, epochs, minibatch, clip=0.2,
             ratio = log_ratio.exp()
             # L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
             loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
-            info = {"ratio": ratio.mean(), "clipped": ((ratio - 1).abs() > clip).float().mean(),
-                    "approx_kl": (ratio - 1 - log_ratio).mean()}
+            kl = (ratio - 1 - log_ratio).mean()
+            resting = resting or bool(robot.gather(kl.detach().cpu()[None]).mean() > target_kl)
+            info = {"loss": loss, "clipped": ((ratio - 1).abs() > clip).float().mean(),
+                    "approx_kl": kl, "resting": torch.tensor(float(resting))}
+            if resting and not critic:
+                break
+            loss = 0 if resting else loss
             if critic:
-                returns = batch["returns"][rows].to(ctx.device)
-                value_loss = nn.functional.huber_loss(critic(ctx), returns, delta=huber_delta)
-                loss, info = loss + value_loss, {**info, "value_loss": value_loss}
-            info = {"loss": loss, **info}
+                elapsed, returns = (batch[name][rows].to(ctx.device)
+                                    for name in ("elapsed", "returns"))
+                info["value_loss"] = nn.functional.huber_loss(critic(ctx, elapsed), returns,
+                                                              delta=huber_delta)
+                loss = loss + info["value_loss"]
             info["grad_norm"] = nft.optimise(learners, optimizer, loss, grad_clip)
             infos.append({name: value.detach() for name, value in info.items()})
     return nft.mean_info(infos)
@@ -135,10 +151,13 @@ class PPO:
         """Advantages of mean 0 and std 1, then minibatch steps -> info."""
         y = nft.labels(success, batch["episode"], self.args.group_size)  # group-relative: GRPO
         if self.critic:
+            limit = -(-self.args.max_steps // self.args.horizon)  # of an episode, in chunks
+            batch["elapsed"] = elapsed_time(batch["episode"], limit)
             with torch.no_grad():
                 parts = torch.arange(len(batch["x"])).split(4096)
-                values = torch.cat([self.critic(policy.encode(flow.to_device(
-                    flow.take(batch, rows), policy))).cpu() for rows in parts])
+                shown = [flow.to_device(flow.take(batch, rows), policy) for rows in parts]
+                values = torch.cat([self.critic(policy.encode(rows), rows["elapsed"]).cpu()
+                                    for rows in shown])
             y, batch["returns"] = gae(values, success, batch["episode"])
         everyone = robot.gather(y)
         batch["y"] = (y - everyone.mean()) / (everyone.std() + 1e-6)
@@ -162,49 +181,35 @@ def make_method(args, policy):
 # Worlds, demonstrations, tests
 
 
-def make_world(args, task=None, demo_noise=None, film=None):
+def make_world(args, demo_noise=None, film=None):
     """The simulators. With demo_noise they also observe the expert's action; film: a folder."""
     return maniskill.make_workers(
-        task or args.task, min(args.num_envs, args.video) if film else args.num_envs,
+        args.task, min(args.num_envs, args.video) if film else args.num_envs,
         horizon=args.horizon, max_steps=args.max_steps, obs=args.obs,
         renderer=args.renderer if film or args.obs == "rgb" else None, demo_noise=demo_noise,
         film=film)
 
 
-def make_policy(args):
+def make_policy(args, moving):
     slots = maniskill.slots(args.task)  # things that an instruction may name
-    return robot.RobotPolicy(args.horizon, maniskill.ACTION_DIM,
+    return robot.RobotPolicy(args.horizon, moving, maniskill.ACTION_DIM,
                              maniskill.state_size(args.task, args.obs), width=256,
                              cameras=int(args.obs == "rgb"), language=slots > 0,
                              slots=slots * (args.obs == "state"))
 
 
 def collect_demos(args):
-    """The expert's successes -> (obs of N rows, chunks (N, H, 4))."""
-    first = args.seed * 1000
-    return robot.scripted_demos(make_world(args, demo_noise=args.demo_noise),
-                                range(first, first + args.num_demos), args.horizon)
+    """The expert's first successes -> [(rows, actions (T, 4)), ...]."""
+    candidates = [flow.episode_seeds("demo", 10 * args.num_demos, args.seed)]
+    return robot.scripted_demos(make_world(args, demo_noise=args.demo_noise), candidates,
+                                args.num_demos)
 
 
-def log_test(args, policy, task, axis, variant, success):
+def log_test(args, policy, axis, variant, success):
     """A row of test.csv, and a line that tells it -> the rate."""
-    nft.log_row(args.out / "test.csv", {"policy": policy, "task": task, "axis": axis,
+    nft.log_row(args.out / "test.csv", {"policy": policy, "task": args.task, "axis": axis,
                                         "variant": variant, **robot.rated(success)})
-    return robot.report(f"{task}, {axis}, {variant}, {policy}", success)
-
-
-def test_expert(args):
-    """--expert-only: the controller without noise, on --task or all; --eval-ood: each variant."""
-    rates, seeds = [], range(TEST, TEST + args.test_episodes)
-    for task in maniskill.TASKS if args.task == "all" else [args.task]:
-        world = make_world(args, task, demo_noise=0)
-        suite = maniskill.variants(task, args.obs)
-        for axis, variant, changes in suite if args.eval_ood else suite[:1]:
-            world.change(changes=changes)
-            success, _ = world.play(robot.follow, seeds)
-            rates.append(log_test(args, "expert", task, axis, variant, success))
-        world.close()
-    print(f"RESULT rows={len(rates)} worst={min(rates):.3f} episodes={args.test_episodes}")
+    return robot.report(f"{args.task}, {axis}, {variant}, {policy}", success)
 
 
 def test_ood(policies, args, world):
@@ -213,10 +218,10 @@ def test_ood(policies, args, world):
     for axis, variant, changes in maniskill.variants(args.task, args.obs):
         world.change(changes=changes)
         for name, policy in policies.items():
-            success = robot.evaluate(policy, world, range(OOD, OOD + args.ood_episodes),
-                                     args.num_steps)
+            seeds = flow.episode_seeds("test", args.ood_episodes, iteration=1)
+            success = robot.evaluate(policy, world, seeds, args.num_steps)
             rates[name].setdefault(axis, []).append(
-                log_test(args, name, args.task, axis, variant, success))
+                log_test(args, name, axis, variant, success))
     axes = list(rates[name])
     print(f"{'':<12}" + "".join(f"{axis:>17}" for axis in [*axes, "OOD mean"]))
     for name, by_axis in rates.items():
@@ -226,19 +231,18 @@ def test_ood(policies, args, world):
 
 def test_all(policies, args, world):
     """The test, on request the OOD suite and films of the last policy -> success of each."""
-    rates, last = [], list(policies.values())[-1]
+    rates, seeds = [], flow.episode_seeds("test", args.test_episodes)
     if not args.eval_only:  # its rows are added, under the path of the policy
         (args.out / "test.csv").unlink(missing_ok=True)
     for name, policy in policies.items():
-        success = robot.evaluate(policy, world, range(TEST, TEST + args.test_episodes),
-                                 args.num_steps)
-        rates.append(log_test(args, name, args.task, "test", "as in training", success))
+        success = robot.evaluate(policy, world, seeds, args.num_steps)
+        rates.append(log_test(args, name, "test", "as in training", success))
     if args.eval_ood:
         test_ood(policies, args, world)
     world.close()
     if args.video and not robot.rank_of()[0]:
         filmed = make_world(args, film=args.out / "videos")
-        flow.evaluate(last, filmed, range(TEST, TEST + args.video), args.num_steps)
+        flow.evaluate(policy, filmed, seeds[:args.video], args.num_steps)
         filmed.close()
         print(f"saved {args.video} episodes in {args.out}/videos")
     return rates
@@ -252,26 +256,27 @@ def parse_args(argv=None):
     """All flags, checked; fills in what depends on the task."""
     parser = flow.Parser(__doc__)
     add, tasks = parser.add_argument, ", ".join(maniskill.TASKS)
-    add("--task", default="PickCube-v1", help=f"{tasks}; all, with --expert-only")
+    add("--task", default="PickCube-v1", help=tasks)
     add("--obs", default="state", choices=["state", "rgb"],
         help="offsets of objects and goals, or a camera (needs a Vulkan driver); and the hand")
     add("--algo", default="stepnft", choices=["stepnft", "ppo", "grpo"],
         help="the method; PPO with a critic; PPO's objective with the group's mean in its place")
     add("--eval-ood", action="store_true", help="also test out of distribution")
-    add("--ood-episodes", type=flow.positive_int, default=200, help="episodes of each OOD variant")
-    robot.add_run_flags(parser, iterations=18, eval_every=3, test_episodes=400, group_size=8,
-                        out="runs/05_train_maniskill", noise_level=0.3, ema=[0.1, 0.5])
+    add("--ood-episodes", type=flow.positive_int, default=200, help="episodes of each variant")
+    robot.add_run_flags(parser, envs_per_core=2, iterations=18, eval_every=3, test_episodes=400,
+                        out="runs/05_train_maniskill", group_size=8, noise_level=0.3,
+                        ema=[0.1, 0.5])
     args = robot.parse_run(parser, argv)
     args.action_repeat = 1
-    if not (args.task == "all" and args.expert_only):
-        maniskill.check_task(args.task)
-        args.max_steps = args.max_steps or maniskill.TASKS[args.task].max_steps
+    maniskill.check_task(args.task)
+    args.max_steps = args.max_steps or maniskill.TASKS[args.task].max_steps
     for name in ("target", "beta", "max_drift", "dpo_beta", "ema", "transitions"):
         if args.algo != "stepnft" and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} belongs to the method: --algo {args.algo} "
                          "does not use it")
-    if not (args.resume or args.eval_only or args.expert_only):
-        robot.check_clone(parser, args, make_policy(args))
+    if args.algo == "grpo" and args.group_size == 1:
+        parser.error("--group-size 1: --algo grpo compares the episodes from one start, give 8")
+    robot.check_clone(parser, args, make_policy(args, [0]))
     args.renderer = maniskill.find_renderer() if args.obs == "rgb" or args.video else None
     parser.make_folder("--out", args.out)
     return args
@@ -283,8 +288,6 @@ def main():
     robot.join_ranks(args)
     torch.set_num_threads(1 if args.obs == "state" else torch.get_num_threads())  # a small net
     print(" ".join(f"{k}={v}" for k, v in args.flags.items()), flush=True)
-    if args.expert_only:
-        return test_expert(args)
     if args.eval_only:
         policy = robot.load_policy(args.eval_only, args.device)
         rate, = test_all({str(args.eval_only): policy}, args, make_world(args))
@@ -294,12 +297,11 @@ def main():
     world = make_world(args)
 
     def start_seeds(iteration):
-        first = TRAIN + args.seed * 1_000_000 + iteration * args.episodes
-        starts = np.arange(first, first + args.episodes // args.group_size)
+        starts = flow.episode_seeds("train", args.episodes // args.group_size, args.seed, iteration)
         return np.repeat(starts, args.group_size)
 
     def validate(policy, name):
-        seeds = range(VALIDATION, VALIDATION + args.eval_episodes)
+        seeds = flow.episode_seeds("validation", args.eval_episodes)
         success = robot.evaluate(policy, world, seeds, args.num_steps)
         return robot.report(f"validation, {name}", success)
 
