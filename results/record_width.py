@@ -1,18 +1,18 @@
 """Records hand paths of 04's and 05's policies from one start, for notebooks/benchmark_width.ipynb.
 
 Run:     python results/record_width.py libero --before runs/04_train_libero/sft.pt \
-             --after runs/04_train_libero/best.pt
+             --after runs/04_train_libero/last.pt
          python results/record_width.py maniskill --before runs/05_train_maniskill/sft.pt \
-             --after runs/05_train_maniskill/best.pt
+             --after runs/05_train_maniskill/last.pt
 Saves:   results/benchmark_width/{libero,maniskill}.npz (a few minutes each on two CPU cores)
 
 One start is played many times by four samplers: before and after pi-StepNFT, the ODE and the SDE.
-The start is the first one of the test seeds from which the SFT policy fails at least half of the
-time and under noise sometimes succeeds (12 episodes each); --placement names another. Flags after
-`--` go to the script itself, for policies of another suite or task: `-- --suite libero_goal`.
+The start is the first one of the test from which the SFT policy fails at least half of the time and
+under noise sometimes succeeds (12 episodes each), else the last of a dozen; --placement names
+another. Suite, task, time limit and noise are those that the policies were trained with.
 """
 
-import argparse
+import contextlib
 import importlib
 import sys
 import time
@@ -23,116 +23,115 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
-flow, sde = map(importlib.import_module, ("01_flow_policy", "02_sde_sampler"))
+flow, sde, robot = map(importlib.import_module, (
+    "01_flow_policy", "02_sde_sampler", "04_train_libero"))
+from envs import libero, maniskill  # noqa: E402  (the lines above tell where)
 
 SCRIPTS = {"libero": "04_train_libero", "maniskill": "05_train_maniskill"}
 
 
-def open_envs(name, num_envs, flags=()):
-    """The script's own environments with chunks of one action, so that every step is seen.
-
-    Returns (envs, the script's arguments, the first test seed).
-    """
-    script, own = importlib.import_module(SCRIPTS[name]), sys.argv
-    sys.argv = [f"{SCRIPTS[name]}.py", "--num-envs", str(num_envs), "--out", "runs/record", *flags]
-    try:
-        args = script.parse_args()
-        if hasattr(script, "check"):
-            script.check(args)
-    finally:
-        sys.argv = own
-    args.horizon = args.action_repeat = 1
-    first = script.TEST
+def run_of(name, checkpoint, num_envs):
+    """-> (the flags of the run that saved it, its simulators). A chunk of the simulators is one
+    control step, so that each of them is seen."""
+    script = importlib.import_module(SCRIPTS[name])
+    sys.argv[0] = f"{SCRIPTS[name]}.py"  # whose checkpoint that script asks for
+    args = script.parse_args(["--eval-only", str(checkpoint), "--out", str(Path(checkpoint).parent),
+                              "--num-envs", str(num_envs)])
+    if args.obs != "state":
+        raise SystemExit(f"{checkpoint} sees images: where the object is, only --obs state tells")
+    hold, args.horizon, args.action_repeat = args.action_repeat, 1, 1
     if name == "libero":
-        first = int(script.episode_seeds(args.tasks, [first])[0])
-    return script.make_envs(args), args, first
+        args.tasks = args.tasks[:1]
+    world = script.make_world(args)
+    args.action_repeat = hold
+    return args, world
 
 
-def places(name, state):
-    """Where the object and the goal are, from a start's state, which sees them from the hand."""
-    script, hand = importlib.import_module(SCRIPTS[name]), state[:3]
-    if name == "libero":  # six numbers of the hand, six of the object, six of the goal
-        return hand + state[6:9], hand + state[12:15]
-    first = script.PROPRIO  # object - hand and goal - hand follow what the arm feels
-    return hand + state[first:first + 3], hand + state[first + 3:first + 6]
-
-
-def paths(policy, envs, seed, episodes, max_steps, noise_level=0, num_steps=4):
-    """One start, many episodes -> (hand (episodes, steps + 1, 3), nan after the end; success).
+def paths(policy, args, world, seed, episodes, noise_level=0):
+    """One start, many episodes -> (states (episodes, steps + 1, S), nan after the end; success).
 
     A chunk is sampled when the last one is over, as in training; noise_level 0 is the ODE.
     """
-    hold = policy.action_repeat
-    every, wins = [], []
-    for _ in range(0, episodes, envs.num_envs):
+    every, wins, hold = [], [], args.action_repeat
+    for _ in range(0, episodes, world.num_envs):
         plan, step = None, 0
 
         def act(obs):
             nonlocal plan, step
             if step % (policy.horizon * hold) == 0:
-                x_0 = (sde.sde_sample(policy, obs, num_steps, noise_level)[0] if noise_level
-                       else flow.ode_sample(policy, obs, num_steps))
-                plan = policy.denormalise(x_0).detach().numpy()
+                x_0 = (sde.sde_sample(policy, obs, args.num_steps, noise_level)[0] if noise_level
+                       else flow.ode_sample(policy, obs, args.num_steps))
+                plan = policy.denormalise(x_0)
             step += 1
             return plan[:, (step - 1) // hold % policy.horizon][:, None], {}
 
-        success, rows = flow.play(act, envs, [seed] * envs.num_envs)
-        seen = np.full((envs.num_envs, max_steps + 1, 3), np.nan, np.float32)
-        for e in range(envs.num_envs):  # the hand's position comes first in both scripts' states
-            trail = rows["obs"]["state"][rows["episode"] == e, :3]
+        success, rows = world.play(act, [seed] * world.num_envs)  # all start and step together
+        states = rows["state"].numpy()
+        seen = np.full((world.num_envs, args.max_steps + 1, states.shape[1]), np.nan, np.float32)
+        for e in range(world.num_envs):
+            trail = states[rows["episode"].numpy() == e]
             seen[e, :len(trail)] = trail
         every.append(seen)
         wins.append(success)
     return np.concatenate(every)[:episodes], np.concatenate(wins)[:episodes]
 
 
-def record(name, before, after, noise_level, episodes=48, num_envs=8, placement=None, flags=()):
-    """-> results/benchmark_width/NAME.npz, for the notebook."""
+def places(name, state):
+    """Where the object and the goal are, from a start's state, which sees them from the hand."""
+    # LIBERO: six numbers of the hand, six of the object, six of the goal; ManiSkill: after what
+    # the robot feels of itself three of the object and three of the goal
+    first, apart = (6, 6) if name == "libero" else (maniskill.PROPRIO, 3)
+    return [state[:3] + state[at:at + 3] for at in (first, first + apart)]
+
+
+def record(name, before, after, noise_level=None, episodes=48, num_envs=8, placement=None,
+           folder=RESULTS / "benchmark_width"):
+    """-> folder/NAME.npz, for the notebook."""
     torch.manual_seed(0)
-    envs, args, first = open_envs(name, num_envs, flags)
-    sft, trained = (flow.load_policy(path) for path in (before, after))
-    start = time.time()
-    try:
-        candidates = range(first, first + 12) if placement is None else [first + placement]
-        for seed in candidates:
-            alone, wide = (paths(sft, envs, seed, 12, args.max_steps, noise)[1].mean()
-                           for noise in (0, noise_level))
-            print(f"start {seed}: SFT {alone:.2f}, under noise {wide:.2f}", flush=True)
-            if alone <= 0.5 and wide > 0.1:
+    sft, trained = (robot.load_policy(path) for path in (before, after))
+    args, world = run_of(name, after, num_envs)
+    noise_level, start = noise_level or args.noise_level, time.time()
+    seeds = flow.episode_seeds("test", max(12, (placement or 0) + 1))
+    if name == "libero":
+        seeds = libero.random_start(args.tasks[0], seeds)
+    with contextlib.closing(world):
+        for seed in seeds if placement is None else seeds[placement:placement + 1]:
+            states, alone = paths(sft, args, world, seed, 12)
+            wide = paths(sft, args, world, seed, 12, noise_level)[1]
+            print(f"start {seed}: SFT {alone.mean():.2f}, under noise {wide.mean():.2f}",
+                  flush=True)
+            if alone.mean() <= 0.5 and wide.mean() > 0.1:
                 break
-        obs, _ = envs.reset(seed=[seed] * num_envs)
-        thing, goal = places(name, obs["state"][0])
+        thing, goal = places(name, states[0, 0])
         data = {"seed": seed, "noise_level": noise_level, "object": thing, "goal": goal}
         for when, policy in (("before", sft), ("after", trained)):
             for sampler, noise in (("ode", 0), ("sde", noise_level)):
-                hand, success = paths(policy, envs, seed, episodes, args.max_steps, noise)
-                data[f"{when}_{sampler}"] = hand.astype(np.float16)
+                states, success = paths(policy, args, world, seed, episodes, noise)
+                # the hand's position comes first in both scripts' states
+                data[f"{when}_{sampler}"] = states[..., :3].astype(np.float16)
                 data[f"{when}_{sampler}_success"] = success
                 print(f"{when}, {sampler}: {success.mean():.2f}, {time.time() - start:.0f} s",
                       flush=True)
-    finally:
-        envs.close()
-    path = RESULTS / f"benchmark_width/{name}.npz"
-    path.parent.mkdir(exist_ok=True)
-    np.savez_compressed(path, **data)
-    print(f"saved {path.relative_to(RESULTS.parent)}, {path.stat().st_size // 1000} kB")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / f"{name}.npz", **data)
+    print(f"saved {folder}/{name}.npz, {(folder / f'{name}.npz').stat().st_size // 1000} kB")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = flow.Parser(__doc__)
     add = parser.add_argument
     add("name", choices=SCRIPTS, help="whose policies")
-    add("--before", required=True, help="checkpoint of SFT")
-    add("--after", required=True, help="checkpoint after pi-StepNFT")
-    add("--noise-level", type=float, help="of the SDE; default: that of the script's training")
-    add("--episodes", type=int, default=48, help="from the one start, for each of four samplers")
-    add("--num-envs", type=int, default=8, help="simulators at a time")
-    add("--placement", type=int, help="which test start, counted from 0")
-    own, _, flags = " ".join(sys.argv[1:]).partition(" -- ")
-    args = parser.parse_args(own.split())
-    noise = args.noise_level or {"libero": 0.5, "maniskill": 0.3}[args.name]
-    record(args.name, args.before, args.after, noise, args.episodes, args.num_envs, args.placement,
-           flags.split())
+    add("--before", type=robot.checkpoint, required=True, help="checkpoint of SFT")
+    add("--after", type=robot.checkpoint, required=True, help="checkpoint after pi-StepNFT")
+    add("--noise-level", type=flow.positive_float, help="of the SDE; default: the training's")
+    add("--episodes", type=flow.positive_int, default=48, help="for each of the four samplers")
+    add("--num-envs", type=flow.positive_int, default=8, help="simulators at a time")
+    add("--placement", type=flow.natural, help="which test start, counted from 0")
+    add("--out", type=Path, default=RESULTS / "benchmark_width", help="folder of the recording")
+    args = parser.parse_args()
+    parser.make_folder("--out", args.out)
+    record(args.name, args.before, args.after, args.noise_level, args.episodes, args.num_envs,
+           args.placement, args.out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,478 @@
+"""results/ablations.py: every variant's rollout, target and loss against slow scalar loops or
+closed forms; the loop against 03's; the csv that resumes, the table, the script."""
+
+import csv
+import importlib
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy import special, stats
+
+from conftest import ROOT, Scripted, expert_plan, run_script
+from test_03_step_loss import Diary, Foreign, batch_of_steps, one_step, random_policy, slow_mean
+
+sys.path.insert(0, str(ROOT / "results"))
+flow = importlib.import_module("01_flow_policy")
+sde = importlib.import_module("02_sde_sampler")
+nft = importlib.import_module("03_step_loss")
+ablations = importlib.import_module("ablations")
+
+TIMES = [1, 0.75, 0.5, 0.25, 0]
+
+# ------------------------------------------------------------------------------------------------
+# Losses and targets against a slow loop over scalars
+
+
+def slow_variant(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask, what, form, corrected,
+                 beta=1.0, max_drift=0.5, var_eps=1e-4):
+    """The loss of a variant with plain floats; target is x_next or x_0, as `what` needs it."""
+    losses, counts = [], mask.clone()
+    for b in range(len(x_t)):
+        t, dt, y_b = t_cur[b].item(), (t_cur[b] - t_next[b]).item(), y[b].item()
+        var = sigma[b].item()**2 * dt
+
+        def mean(x, v):                            # Euler step, then towards the score -x1_hat / t
+            return x - dt * v - (var / (2 * t) * (x + (1 - t) * v) if corrected else 0)
+
+        losses.append([])
+        for h in range(x_t.shape[1]):
+            old, x, end = (z[b, h].tolist() for z in (v_old, x_t, target))
+            delta = [new - was for new, was in zip(v_theta[b, h].tolist(), old)]
+            shorten = min(1, max_drift / math.sqrt(sum(d * d for d in delta)))
+            E = {}
+            for side in (1, -1):
+                E[side] = 0.0
+                for a in range(len(x)):
+                    v, seen = old[a] + side * beta * shorten * delta[a], end[a]
+                    explained = x[a] - t * v if what == "endpoint" else mean(x[a], v)
+                    if what == "next-mean":          # the velocity that leads from x_t to x_0
+                        seen = mean(x[a], (x[a] - end[a]) / t)
+                    E[side] += (seen - explained)**2 / (var + var_eps)
+            losses[b].append((1 + y_b) / 2 * E[1] + (1 - y_b) / 2 * E[-1] if form == "weighted" else
+                             math.log(1 + math.exp(y_b / 2 * (E[1] - E[-1]))))
+        if form == "positive" and y_b <= 0 or form == "negative" and y_b >= 0:
+            counts[b] = False
+    return slow_mean(losses, counts)
+
+
+CHOICES = [(what, form, corrected) for what in ("next", "next-mean", "endpoint")
+           for form in ablations.LOSSES for corrected in (True, False)]
+
+
+@pytest.mark.parametrize("what, form, corrected", CHOICES)
+def test_a_variants_loss_is_the_slow_loop_and_its_gradient_the_slope(what, form, corrected):
+    steps = batch_of_steps()
+    error = (ablations.ERRORS if corrected else ablations.UNCORRECTED)[what]
+    v_theta, direction, h = steps["v_theta"].requires_grad_(), torch.randn(6, 3, 2).double(), 1e-5
+    value, info = ablations.LOSSES[form](**steps, error=error, beta=0.8, kl_weight=0)
+    value.backward()
+    slow = [slow_variant(**{**steps, "v_theta": v_theta.detach() + s * h * direction}, what=what,
+                         form=form, corrected=corrected, beta=0.8) for s in (0, 1, -1)]
+    assert value.item() == pytest.approx(slow[0], rel=1e-6)
+    assert (v_theta.grad * direction).sum().item() == pytest.approx((slow[1] - slow[2]) / (2 * h),
+                                                                    rel=1e-4)
+    assert all(z.isfinite() and not z.requires_grad for z in info.values())
+
+
+@pytest.mark.parametrize("form, sign", [("positive", 1), ("negative", -1)])
+def test_one_outcome_alone_is_the_ranking_loss_of_those_rows(form, sign):
+    steps = batch_of_steps()
+    rows = sign * steps["y"] > 0
+    alone = nft.step_nft_loss(**flow.take(steps, rows), kl_weight=0)[0]
+    assert not rows.all()
+    torch.testing.assert_close(ablations.LOSSES[form](**steps, kl_weight=0)[0], alone)
+    nothing = {**flow.take(steps, ~rows), "v_theta": steps["v_theta"][~rows].requires_grad_()}
+    value, _ = ablations.LOSSES[form](**nothing, kl_weight=0)
+    value.backward()
+    assert value == 0 and not nothing["v_theta"].grad.any()
+
+
+@pytest.mark.parametrize("form", ablations.LOSSES)
+def test_every_loss_pulls_weakly_to_the_old_velocity(form):
+    """What 1e-4 mean (v_theta - v_old)^2 adds, where every action counts."""
+    steps = batch_of_steps()
+    steps["mask"][:], steps["y"][:] = True, -1.0 if form == "negative" else 1.0
+    with_pull, without = (ablations.LOSSES[form](**steps, error=nft.step_error, **options)[0]
+                          for options in ({}, {"kl_weight": 0}))
+    square = (steps["v_theta"] - steps["v_old"]).pow(2).mean()
+    assert (with_pull - without).item() == pytest.approx(1e-4 * square.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("y", [1.0, -1.0])
+def test_weighted_mse_is_ranking_plus_a_separation_penalty(y):
+    """r E_pos + (1 - r) E_neg = (|e|^2 + beta^2 |d|^2 - 2 y beta <d, e>) / var."""
+    step, by = one_step(2, y)
+    value, _ = ablations.weighted_loss(**step, mask=torch.ones(1, 1), error=nft.step_error,
+                                       beta=0.8, max_drift=9, kl_weight=0)
+    expected = by.e.square() + 0.8**2 * by.d.square() - 2 * y * 0.8 * by.d * by.e
+    torch.testing.assert_close(value, expected.sum() / (by.var + by.eps))
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_weighted_is_twice_ranking_plus_a_constant_to_second_order(k):
+    """Over the noise of a step, laid out as the quantiles of a normal. Success depends on it, so
+    there is a slope to follow: the odd part in delta, twice that of ranking at any distance. The
+    even part, the penalty, is twice that of ranking near delta = 0."""
+    n, (step, by) = 20_000, one_step(k, A=1, noise_level=0.4)
+    steps = {name: z.expand(n, *z.shape[1:]) for name, z in step.items()}
+    noise = torch.from_numpy(special.ndtri((np.arange(n) + 0.5) / n))
+    steps["target"] = (by.mean.flatten() + noise * by.var**0.5)[:, None, None]
+    steps["y"] = torch.where(noise > 0.3, 1.0, -1.0).double()
+
+    def part(form, delta, sign):
+        there, here, back = (ablations.LOSSES[form](
+            **{**steps, "v_theta": steps["v_old"] + shift}, mask=torch.ones(n, 1, dtype=bool),
+            max_drift=9, error=nft.step_error, kl_weight=0)[0] for shift in (delta, 0, -delta))
+        return (there + sign * back - (1 + sign) * here).item()
+
+    for delta in (0.02, 2.0):
+        odd, even = (part("weighted", delta, s) / part("ranking", delta, s) for s in (-1, 1))
+        assert odd == pytest.approx(2, abs=1e-6)
+        assert (abs(even - 2) < 0.02) == (delta == 0.02)
+
+
+# ------------------------------------------------------------------------------------------------
+# Targets
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_next_steps_mean_is_what_the_velocity_to_the_endpoint_would_give(corrected):
+    """No error for the velocity that leads to x_0; for another its own distance to that mean."""
+    (step, by), x_0 = one_step(1), torch.randn(1, 1, 3).double()
+    error = (ablations.ERRORS if corrected else ablations.UNCORRECTED)["next-mean"]
+    rest = step["x_t"], x_0, step["t_cur"], step["t_next"], step["sigma"]
+    ideal = (step["x_t"] - x_0) / step["t_cur"]
+    assert error(ideal, *rest).item() < 1e-20
+    slope = by.B if corrected else -0.25             # of the mean, in v
+    expected = (slope * (step["v_old"] - ideal)).square().sum() / (by.var + by.eps)
+    assert error(step["v_old"], *rest).item() == pytest.approx(expected.item())
+
+
+def test_an_uncorrected_rollout_is_judged_by_the_uncorrected_mean():
+    """x_next is the Euler step: no branch is better, margin 0, but only by its own mean."""
+    step, _ = one_step(1, drift=0.1)
+    step["target"] = step["x_t"] - 0.25 * step["v_old"]
+    margin, wrong = (nft.step_nft_loss(**step, error=errors["next"])[1]["margin"]
+                     for errors in (ablations.UNCORRECTED, ablations.ERRORS))
+    assert abs(margin) < 1e-9 and abs(wrong) > 1e-3
+
+
+@pytest.mark.parametrize("what", ablations.ERRORS)
+@pytest.mark.parametrize("errors", [ablations.ERRORS, ablations.UNCORRECTED])
+@pytest.mark.parametrize("form", ablations.LOSSES)
+@pytest.mark.parametrize("drift", [0.0, 0.3])
+def test_gradients_are_finite(what, errors, form, drift):
+    """At zero drift, and at t = 1 (k = 0) as everywhere."""
+    for k in range(4):
+        step, _ = one_step(k, drift=drift)
+        step["v_theta"].requires_grad_()
+        value, _ = ablations.LOSSES[form](**step, mask=torch.ones(1, 1, dtype=bool),
+                                          error=errors[what])
+        value.backward()
+        assert value.isfinite() and step["v_theta"].grad.isfinite().all()
+
+
+def test_centred_labels_lose_the_mean_over_episodes():
+    """Not over rows: three of four episodes succeed, so 1 - 0.5 and -1 - 0.5."""
+    episode = torch.tensor([0, 1, 2, 2, 2, 3])
+    y = ablations.centred(nft.labels([True, True, False, True], episode), episode)
+    assert y.tolist() == [0.5, 0.5, -1.5, -1.5, -1.5, 0.5]
+
+
+# ------------------------------------------------------------------------------------------------
+# Rollouts
+
+
+def check_record(policy, world, batch, a):
+    """Velocities, noise and actions belong to the recorded path."""
+    assert set(batch) == {"state", "episode", "mask", "x", "v", "sigma"}
+    assert not batch["v"].requires_grad
+    for k in range(4):
+        t = torch.full((len(batch["x"]),), float(TIMES[k]))
+        v = policy.velocity(batch["x"][:, k], t, policy.encode(batch)).detach()
+        torch.testing.assert_close(batch["v"][:, k], v, rtol=1e-4, atol=1e-5)
+        sigma = a * math.sqrt(TIMES[k] / (1 - (TIMES[k] if k else TIMES[1])))
+        np.testing.assert_allclose(batch["sigma"][:, k], sigma, rtol=1e-5)
+    acted = batch["x"][:60, 4] * torch.tensor([0.5, 0.8]) + torch.tensor([0.3, -0.1])
+    np.testing.assert_allclose(world.chunks[0], acted, rtol=1e-5, atol=1e-5)
+
+
+def test_an_uncorrected_rollout_records_noise_around_the_euler_step():
+    policy, world = random_policy(), Diary()
+    _, batch = world.play(ablations.explore_uncorrected(policy, 4, 1.0), range(60))
+    check_record(policy, world, batch, 1.0)
+    for k in range(4):
+        euler = batch["x"][:, k] - 0.25 * batch["v"][:, k]
+        std = math.sqrt(TIMES[k] / (1 - (TIMES[k] if k else TIMES[1])) * 0.25)
+        residual = (batch["x"][:, k + 1] - euler) / std
+        assert stats.kstest(residual.flatten(), "norm").pvalue > 1e-3, f"step {k}"
+
+
+def test_an_ode_rollout_noises_its_endpoint_afresh():
+    policy, world = random_policy(), Diary()
+    _, batch = world.play(ablations.explore_ode(policy, 4, 0.3), range(60))
+    check_record(policy, world, batch, 0.3)
+    x_0 = batch["x"][:, 4]
+    noise = [((batch["x"][:, k] - (1 - t) * x_0) / t).flatten() for k, t in enumerate(TIMES[:4])]
+    assert all(stats.kstest(n, "norm").pvalue > 1e-3 for n in noise)
+    assert np.abs(np.corrcoef(noise) - np.eye(4)).max() < 0.1
+    plan = Scripted(lambda state: expert_plan(state, 4), 4)             # the ODE has no noise in it
+    _, batch = flow.GapWorld().play(ablations.explore_ode(plan, 4, 0.3), range(9))
+    np.testing.assert_allclose(batch["x"][:, 4], expert_plan(batch["state"].numpy(), 4), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# The runs
+
+
+TINY = dict(seed=0, lr=1e-3, iterations=2, episodes=16, noise_level=0.2)
+FLAGS = ("--seeds", 1, "--iterations", 1, "--episodes", 8, "--jobs", 1)
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("default", ""), ("target-endpoint", "--target endpoint"), ("beta-5", "--beta 5"),
+    ("target-endpoint-slow", "--target endpoint --ema 0.9 0.995"), ("ema-0.1", "--ema 0.1 0.1"),
+    ("labels-grouped", "--group-size 8"), ("noise-0.5", "--noise-level 0.5")])
+def test_a_variant_that_03_has_flags_for_is_03s_train_toy(workplace, monkeypatch, name, flags):
+    monkeypatch.chdir(workplace)
+    argv = f"--iterations 2 --episodes 16 --out {workplace} {flags}".split()
+    *_, before, after = nft.train_toy(nft.parse_args(argv))
+    trained, update = [], nft.update
+    monkeypatch.setattr(nft, "update", lambda policy, *rest, **options: (
+        trained.append(policy), update(policy, *rest, **options))[1])
+    args = ablations.settings({"variant": name, **TINY, "noise_level": nft.parse_args(
+        argv).noise_level})
+    assert ablations.train(args) == [before, after]
+    *_, policy, _, _ = nft.train_toy(nft.parse_args(argv))
+    for mine, theirs in zip(trained[0].parameters(), policy.parameters()):
+        assert torch.equal(mine, theirs)
+
+
+def test_every_variant_runs_and_no_two_are_the_same(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(ablations, "TEST_EPISODES", 8)
+    ends, ema_update = {}, nft.ema_update
+    for job in ablations.make_jobs(ablations.VARIANTS, [0], 1e-3, 3, 16, 0.2):
+        def keep(old, new, decay):
+            ends[job["variant"]] = torch.cat([p.detach().flatten() for p in new.parameters()])
+            ema_update(old, new, decay)
+
+        monkeypatch.setattr(nft, "ema_update", keep)
+        row = ablations.run(job)
+        assert list(row) == ablations.COLUMNS and row["variant"] == job["variant"]
+        assert 0 <= float(row["after"]) <= 1 and ends[job["variant"]].isfinite().all()
+    names = list(ablations.VARIANTS)
+    assert list(ends) == names
+    assert not [(a, b) for i, a in enumerate(names) for b in names[:i]
+                if torch.equal(ends[a], ends[b])]
+
+
+def watch(name, monkeypatch):
+    """What a variant hands to `update` in its first iteration -> (batch, options)."""
+    seen = []
+    monkeypatch.setattr(nft, "update", lambda policy, optimizer, batch, **options: seen.append(
+        (batch, options)))
+    monkeypatch.setattr(ablations, "TEST_EPISODES", 2)
+    ablations.run(ablations.make_jobs([name], [0], 1e-3, 1, 64, 0.2)[0])
+    return seen[0]
+
+
+def test_every_variant_reaches_its_place(workplace, monkeypatch):
+    """The error, the loss, the steps and labels that its name promises."""
+    monkeypatch.chdir(workplace)
+    batch, options = watch("default", monkeypatch)
+    assert options == dict(target="next", loss=nft.step_nft_loss, error=nft.step_error, beta=1.0,
+                           max_drift=0.5, dpo_beta=1.0)
+    assert batch["k"].shape[1] == 1 and set(batch["y"].tolist()) <= {-1.0, 1.0}
+    for name, target, error in (
+            ("target-next-mean", "endpoint", ablations.next_mean_error),
+            ("target-endpoint", "endpoint", nft.endpoint_error),
+            ("rollout-ode", "endpoint", nft.endpoint_error),
+            ("rollout-ode-mean", "endpoint", ablations.next_mean_error),
+            ("rollout-uncorrected", "endpoint", nft.endpoint_error),
+            ("rollout-uncorrected-mean", "endpoint", ablations.UNCORRECTED["next-mean"]),
+            ("rollout-uncorrected-next", "next", ablations.uncorrected_error)):
+        _, options = watch(name, monkeypatch)
+        assert (options["target"], options["error"]) == (target, error), name
+    for form in ("weighted", "positive", "negative"):
+        assert watch(f"loss-{form}", monkeypatch)[1]["loss"] is ablations.LOSSES[form]
+    batch, _ = watch("all-steps", monkeypatch)
+    assert batch["k"].tolist() == [[0, 1, 2, 3]] * len(batch["x"])
+    for name, mean in (("labels-centred", 0.0), ("labels-grouped", 0.0)):
+        batch, _ = watch(name, monkeypatch)
+        each = torch.stack([batch["y"][batch["episode"] == e][0] for e in range(64)])
+        assert each.mean().item() == pytest.approx(mean, abs=1e-6) and each.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["rollout-uncorrected", "rollout-ode"])
+def test_a_rollout_feeds_update_with_a_foreign_policy(name):
+    """Nothing but the contract of a policy is used, and its context is handed on as it is."""
+    policy, choice = Foreign(3), ablations.VARIANTS[name]
+    act = ablations.ROLLOUTS[choice["rollout"]](policy, 4, 0.2)
+    success, batch = flow.GapWorld().play(act, range(8))
+    batch.update(k=torch.arange(4).expand(len(batch["x"]), 4),
+                 y=nft.labels(success, batch["episode"]))
+    before = [p.clone() for p in policy.parameters()]
+    info = nft.update(policy, torch.optim.SGD(policy.parameters(), lr=0.1), batch, epochs=1,
+                      target="endpoint")
+    assert all(math.isfinite(v) for v in info.values())
+    assert any((p != b).any() for p, b in zip(policy.parameters(), before))
+
+
+# ------------------------------------------------------------------------------------------------
+# The csv and the table
+
+
+def made_up(job, calls=None):
+    """A row without any training."""
+    if calls is not None:
+        calls.append((job["variant"], job["seed"]))
+    row = {name: job.get(name, "x") for name in ablations.COLUMNS}
+    return {**row, "sft": "0.5", "after": str(0.1 * job["seed"]), "lr": str(job["lr"])}
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """`run` and the SFT policies replaced; the list of runs that were asked for."""
+    calls = []
+    monkeypatch.setattr(ablations, "run", lambda job: made_up(job, calls))
+    monkeypatch.setattr(flow, "toy_policy", lambda seed: None)
+    return calls
+
+
+def test_rows_of_the_same_run_are_kept_and_others_are_added(no_training, tmp_path):
+    path = tmp_path / "a.csv"
+    sizes = [(1e-3, 2, 16, 0.2), (3e-4, 2, 16, 0.2), (1e-3, 3, 16, 0.2), (1e-3, 2, 8, 0.2),
+             (1e-3, 2, 16, 0.3)]
+    jobs = ablations.make_jobs(["default", "noise-0.5"], [0, 1], *sizes[0])
+    ablations.collect(jobs, path, 1)
+    assert len(no_training) == 4 and len(ablations.read(path)) == 4
+    ablations.collect(jobs, path, 1)
+    assert len(no_training) == 4                                          # nothing again
+    for size in sizes[1:]:
+        ablations.collect(ablations.make_jobs(["default"], [0], *size), path, 1)
+    assert len(no_training) == 8 and len(ablations.read(path)) == 8
+    ablations.collect(ablations.make_jobs(["noise-0.5"], [1], *sizes[-1]), path, 1)
+    assert len(no_training) == 8                     # its noise is its own, whatever the flag says
+
+
+def test_an_interrupted_run_leaves_what_it_had_and_goes_on(no_training, tmp_path, monkeypatch,
+                                                           capsys):
+    path, finish = tmp_path / "a.csv", ablations.run
+    jobs = ablations.make_jobs(["default"], range(4), 1e-3, 2, 16, 0.2)
+
+    def impatient(job):
+        if job["seed"] == 2:
+            raise KeyboardInterrupt
+        return finish(job)
+
+    monkeypatch.setattr(ablations, "run", impatient)
+    ablations.collect(jobs, path, 1)
+    assert "goes on" in capsys.readouterr().out
+    assert [row["seed"] for row in ablations.read(path)] == ["0", "1"]
+    assert ablations.summarise(ablations.read(path))[0]["after"] == pytest.approx(0.05)
+    monkeypatch.setattr(ablations, "run", finish)
+    ablations.collect(jobs, path, 1)
+    assert [row["seed"] for row in ablations.read(path)] == ["0", "1", "2", "3"]
+    assert [seed for _, seed in no_training] == [0, 1, 2, 3]              # none of them twice
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 8])
+def test_the_intervals_are_scipys_and_gains_are_paired_by_seed(seeds):
+    rng = np.random.default_rng(seeds)
+    first, other = rng.random((2, seeds))
+    rows = [{"variant": name, "seed": str(s), "sft": str(s / 10), "after": str(value)}
+            for name, values in (("default", first), ("beta-5", other))
+            for s, value in rng.permutation(list(enumerate(values)), axis=0)]
+    row, = [row for row in ablations.summarise(rows) if row["variant"] == "beta-5"]
+    assert (row["figure"], row["paper"], row["seeds"]) == ("beta", 0.79, seeds)
+    assert row["sft"] == pytest.approx((seeds - 1) / 20)
+    for mean, half, values in (("after", "half", other), ("gain", "gain_half", other - first)):
+        low, high = stats.t.interval(0.95, seeds - 1, values.mean(), stats.sem(values))
+        assert row[mean] - row[half] == pytest.approx(low)
+        assert row[mean] + row[half] == pytest.approx(high)
+
+
+def test_one_seed_has_no_interval_and_no_first_variant_no_gain(capsys):
+    table = ablations.summarise([{"variant": "beta-5", "seed": "0", "sft": "0.5", "after": "0.8"}])
+    ablations.show(table)
+    assert capsys.readouterr().out.splitlines()[1].split() == (
+        ["beta", "beta-5", "1", "0.500", "0.800", "-", "-", "-", "0.790"])
+
+
+def test_every_variant_stands_in_a_figure_and_a_paper_value_of_zero_is_shown(capsys):
+    assert {name for variants in ablations.FIGURES.values() for name in variants} == set(
+        ablations.VARIANTS)
+    rows = [{"variant": name, "seed": "0", "sft": "0", "after": "0"} for name in ablations.VARIANTS]
+    ablations.show(ablations.summarise(rows))
+    line, = [text for text in capsys.readouterr().out.splitlines()
+             if text.split()[:2] == ["target", "target-endpoint"]]
+    assert line.split()[-1] == "0.000"
+
+
+# ------------------------------------------------------------------------------------------------
+# The script
+
+
+def test_the_script_in_parallel_with_a_subset_by_name_and_again(workplace):
+    flags = ("default", "beta-5", *FLAGS[:-1], 2, "--out", "out")
+    told = run_script("results/ablations.py", *flags, cwd=workplace).stdout
+    with open(workplace / "out" / "ablations.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ablations.COLUMNS and len(rows) == 2
+    assert {row["variant"] for row in rows} == {"default", "beta-5"}
+    assert "RESULT variants=2 runs=2" in told and "0.945" in told
+    assert (workplace / "out" / "ablations.png").stat().st_size > 1000
+
+
+def main_in(folder, monkeypatch, *flags):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, flags)])
+    ablations.main()
+
+
+def test_the_command_in_a_row_makes_that_row(no_training, workplace, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    job = ablations.make_jobs(["noise-0.3"], [0], 7e-4, 1, 8, 0.2)[0]
+    row = ablations.run(job)
+    command, asked = row["command"].split(), []
+    monkeypatch.setattr(ablations, "collect", lambda jobs, *rest: asked.extend(jobs))
+    assert command[0] == "results/ablations.py"
+    main_in(workplace, monkeypatch, *command[1:])
+    assert asked == [{**job, "noise_level": 0.3}] and ablations.key(row) == ablations.key(job)
+
+
+def test_the_table_shows_the_rows_of_before_and_all_is_the_default(no_training, tmp_path,
+                                                                   monkeypatch, capsys):
+    main_in(tmp_path, monkeypatch, "default", "--seeds", 2, "--out", "out", "--jobs", 1)
+    main_in(tmp_path, monkeypatch, "beta-5", "--seeds", 2, "--out", "out", "--jobs", 1)
+    assert len(no_training) == 4 and "RESULT variants=2 runs=4" in capsys.readouterr().out
+    main_in(tmp_path, monkeypatch, "--seeds", 2, "--out", "out", "--jobs", 1)
+    assert sorted(no_training) == sorted((name, seed) for name in ablations.VARIANTS
+                                         for seed in (0, 1))
+
+
+def test_the_list_has_every_name_and_the_papers_numbers(tmp_path, monkeypatch, capsys):
+    main_in(tmp_path, monkeypatch, "--list")
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {line[-2] for line in told} == set(ablations.VARIANTS) and not list(tmp_path.iterdir())
+    assert ["loss", "loss-weighted", "0.91"] in told and ["EMA", "ema-0.9", "-"] in told
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("target-endpiont", "target-endpoint"), ("--seeds 0", "--seeds"), ("--jobs 0", "--jobs"),
+    ("--lr nan", "--lr"), ("--first-seed -1", "--first-seed"), ("--iterations 0", "--iterations"),
+    ("labels-grouped --episodes 12", "--episodes"), ("--noise-level 0", "--noise-level"),
+    ("--out a_file", "--out")])
+def test_a_call_that_cannot_work_is_told_in_one_line_and_leaves_nothing(tmp_path, monkeypatch,
+                                                                       capsys, flags, named):
+    (tmp_path / "a_file").write_text("not a folder")
+    with pytest.raises(SystemExit) as stopped:
+        main_in(tmp_path, monkeypatch, *flags.split())
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and len(err.strip().splitlines()) == 1
+    assert named in err and [p.name for p in tmp_path.iterdir()] == ["a_file"]
