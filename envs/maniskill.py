@@ -6,9 +6,6 @@ The arm brings a cube to a goal, pushes one, stacks two, drops a ball into a bin
 sentence, "put the red cube on the green pad" (PutOnPad-v1, ours). An action moves its hand:
 
     action (4,) in [-1, 1]:  dx dy dz of the hand, 1 is 10 cm;  gripper, -1 close, +1 open;  20 Hz
-
-In this order: the tasks; ManiSkillSim, one of them as an environment whose seed is an episode;
-expert, waypoints for all five; variants, the tests out of distribution; make_workers, processes.
 """
 
 import functools
@@ -18,7 +15,6 @@ import subprocess
 import sys
 import warnings
 from collections import namedtuple
-from pathlib import Path
 from unittest.mock import Mock
 
 import gymnasium as gym
@@ -56,7 +52,6 @@ COMBINATIONS = [(thing, pad) for thing in range(6) for pad in range(3)]
 # A Latin square: every colour, shape and pad, and every pair of two, is trained; a third is not.
 HELD_OUT = [(thing, pad) for thing, pad in COMBINATIONS if (thing // 2 + thing % 2 + pad) % 3 == 0]
 TRAINED = [c for c in COMBINATIONS if c not in HELD_OUT]
-SENTENCE = "put the {thing} on the {pad} pad"
 
 
 def slots(task):
@@ -70,16 +65,12 @@ def state_size(task, obs):
 
 
 def check_task(task):
-    """SystemExit, one clear line, for a task that does not exist or has no controller here."""
+    """SystemExit, one clear line, without ManiSkill or for a task without a controller here."""
     if importlib.util.find_spec("mani_skill") is None:
         raise SystemExit("no ManiSkill: pip install mani_skill")
     if task not in TASKS:
-        import mani_skill.envs  # noqa: F401  (importing it registers the tasks)
-        from mani_skill.utils.registration import REGISTERED_ENVS
-        if task not in REGISTERED_ENVS:
-            raise SystemExit(f"--task {task} is not a ManiSkill task; try {', '.join(TASKS)}")
-        raise SystemExit(f"--task {task} has no scripted controller here to take demos from; "
-                         f"choose {', '.join(TASKS)}, or write one beside `expert`")
+        raise SystemExit(f"--task {task}: choose {', '.join(TASKS)}; any other needs a scripted "
+                         "controller to take demos from, beside `expert` in envs/maniskill.py")
 
 
 @functools.cache
@@ -103,7 +94,8 @@ def register_put_on_pad():
     class PutOnPad(BaseEnv):
         half, pad_half = 0.02, 0.035                              # m
         # distractors: how many other things, how many other pads are shown; spread: scales the grid
-        combinations, sentence, distractors, spread = TRAINED, SENTENCE, (1, 1), 1.0
+        combinations, distractors, spread = TRAINED, (1, 1), 1.0
+        sentence = "put the {thing} on the {pad} pad"
 
         @property
         def _default_sensor_configs(self):
@@ -210,17 +202,16 @@ class ManiSkillSim:
     changes: what a variant of the OOD suite changes, {what: how much}, as in the tables below.
     demo_noise: also observe the expert's action, and add noise of this std to what is executed, so
     that the demos also show how to recover; 0: the expert without noise.
-    film: (folder, time limit in control steps) for an mp4 of each episode.
     """
 
-    def __init__(self, task, obs="state", renderer=None, changes=None, demo_noise=None, film=None):
+    def __init__(self, task, obs="state", renderer=None, changes=None, demo_noise=None):
         warnings.filterwarnings("ignore")  # the simulator's own, about drivers nobody needs here
         import mani_skill.envs  # noqa: F401
         from mani_skill.envs.utils.system import backend
         register_put_on_pad()
         physics_only()
-        self.name, self.task, self.obs, self.renderer = task, TASKS[task], obs, renderer
-        self.changes, self.demo_noise, self.film = changes or {}, demo_noise, film
+        self.task, self.obs, self.renderer = TASKS[task], obs, renderer
+        self.changes, self.demo_noise = changes or {}, demo_noise
         backend.parse_backend_device_id = lambda name: (name, None)  # not at the colon of "pci:0"
         self.env = gym.make(task, num_envs=1, sim_backend="physx_cpu", reward_mode="none",
                             obs_mode="rgb" if renderer else "none", robot_uids="panda",
@@ -276,14 +267,11 @@ class ManiSkillSim:
     def reset(self, seed):
         """Starts episode seed, an int in [0, 2^32): the same at any time, in any process."""
         env = self.env
-        bodies = [actor._bodies[0] for actor in env.scene.actors.values()
-                  if actor.px_body_type == "dynamic"]
-        for body in bodies:
-            body.put_to_sleep()
         self.fresh_physics()
         env.reset(seed=int(seed))
-        for body in bodies:
-            body.wake_up()  # the time a body has rested starts at zero
+        for actor in env.scene.actors.values():
+            if actor.px_body_type == "dynamic":
+                actor._bodies[0].wake_up()  # the time it has rested starts at zero
         if hasattr(env, "instructions"):
             self.named, self.shown = [env.target.item(), env.goal.item()], env.shown[0].numpy()
             self.sentence, = env.instructions
@@ -291,7 +279,7 @@ class ManiSkillSim:
         self.rng, self.noise = np.random.default_rng(seed), np.random.default_rng(seed)
         direction = self.rng.standard_normal(2)
         self.sideways = np.float32([*direction / np.linalg.norm(direction), 0])
-        self.seed, self.steps, self.frames = seed, 0, []
+        self.name, self.steps = f"{env.spec.id}_{seed}", 0
 
     def fresh_physics(self):
         """Moves everything into a new PhysX scene (2 ms), or one episode in ten would depend on the
@@ -322,20 +310,7 @@ class ManiSkillSim:
             actor.set_pose(pose)
         self.aim(np.clip(np.asarray(action, np.float32), -1, 1))
         self.env._step_action(None)  # physics towards the joint targets just set
-        success = bool(self.env.evaluate()["success"])
-        if self.film:
-            self.shoot(success)
-        return success
-
-    def shoot(self, success):
-        """Adds a picture to the film, and writes it at the end of the episode."""
-        import imageio
-        folder, max_steps = self.film
-        self.frames.append(self.look()[0].transpose(1, 2, 0))
-        if success or self.steps == max_steps:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            name = f"{self.name}_{self.seed}_{'success' if success else 'failure'}.mp4"
-            imageio.mimwrite(Path(folder) / name, self.frames, fps=20)
+        return bool(self.env.evaluate()["success"])
 
     def aim(self, action):
         """pd_ee_delta_pos for one CPU robot: hand + delta -> inverse kinematics -> joint targets.
@@ -380,17 +355,16 @@ class ManiSkillSim:
         {"state": (5,), "rgb": (1, 3, 128, 128) uint8}; the instruction's "tokens" (128,) uint8,
         blanks where the task has none; with demo_noise the expert's "action" (4,).
 
-        Offsets generalise over the table where poses would have to be seen everywhere. No
-        quaternions: the hand always points down, where their signs flip at random. Each thing and
-        pad of PutOnPad has its own three numbers, zeros while it is parked: which of them matter
-        stands in the instruction alone.
+        Offsets generalise over the table. No quaternions: the hand points down, where their signs
+        flip at random. Each thing and pad of PutOnPad has its own three numbers, zeros while it is
+        parked: which of them matter stands in the instruction alone.
         """
         proprio, changes = self.proprioception(), self.changes
         obs = {"state": proprio, "tokens": tokens(self.sentence)}
         if self.demo_noise is not None:
             obs["action"] = self.expert()
         if self.obs == "rgb":
-            rgb = self.look()
+            rgb = self.look().transpose(2, 0, 1)[None]
             if "image_noise" in changes:
                 rgb = rgb + self.rng.normal(0, 255 * changes["image_noise"], rgb.shape)
             return {**obs, "rgb": np.clip(rgb, 0, 255).astype(np.uint8)}
@@ -401,9 +375,8 @@ class ManiSkillSim:
         return {**obs, "state": np.concatenate([proprio, offsets.ravel()])}
 
     def look(self):
-        """The camera's picture now: (1, 3, height, width) uint8."""
-        data = self.env._get_obs_sensor_data()["base_camera"]["rgb"]
-        return data.permute(0, 3, 1, 2).numpy()
+        """The camera's picture now: (height, width, 3) uint8."""
+        return self.env._get_obs_sensor_data()["base_camera"]["rgb"][0].numpy()
 
     def expert(self):
         """What the scripted controller does now: (4,) float32."""
@@ -487,8 +460,7 @@ def make_workers(task, num_envs, horizon=4, max_steps=None, obs="state", rendere
     """
     max_steps = (max_steps or TASKS[task].max_steps) * (2 if demo_noise else 1)
     renderer, box = renderer if film or obs == "rgb" else None, gym.spaces.Box
-    make_sim = functools.partial(ManiSkillSim, task, obs, renderer, demo_noise=demo_noise,
-                                 film=film and (film, max_steps))
+    make_sim = functools.partial(ManiSkillSim, task, obs, renderer, demo_noise=demo_noise)
     space = {"state": box(-np.inf, np.inf, (state_size(task, obs),)),
              "tokens": box(0, 255, (128,), np.uint8)}
     if obs == "rgb":
@@ -496,5 +468,5 @@ def make_workers(task, num_envs, horizon=4, max_steps=None, obs="state", rendere
     if demo_noise is not None:
         space["action"] = box(-1, 1, (ACTION_DIM,))
     make_env = functools.partial(ChunkEnv, make_sim, gym.spaces.Dict(space), ACTION_DIM, max_steps,
-                                 horizon)
+                                 horizon, film=film)
     return Workers(make_env, num_envs, name=lambda seed: f"episode {seed} of {task}")

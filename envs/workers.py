@@ -12,6 +12,7 @@ by one action and look.
 import functools
 import math
 from multiprocessing import connection
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -30,11 +31,12 @@ class ChunkEnv(gym.Env):
     make_sim(**changes) -> sim with reset(seed), advance(action (A,)) -> success, observe() -> dict
     of arrays. It is called at the first reset, so that only worker processes ever load a simulator.
     Each action is held for action_repeat control steps; max_steps, the time limit, counts those.
+    film: a folder for an mp4 of each episode, of look() -> (height, width, 3) uint8 and name.
     """
 
     def __init__(self, make_sim, observation_space, action_dim, max_steps, horizon,
-                 action_repeat=1):
-        self.make_sim, self.sim = make_sim, None
+                 action_repeat=1, film=None):
+        self.make_sim, self.sim, self.film = make_sim, None, film
         self.max_steps, self.action_repeat = max_steps, action_repeat
         self.observation_space = observation_space
         self.action_space = gym.spaces.Box(-1, 1, (horizon, action_dim))
@@ -54,6 +56,7 @@ class ChunkEnv(gym.Env):
             torch.set_num_threads(1)  # a process for each core: threads would fight over them
             self.sim = self.make_sim()
         self.sim.reset(seed)
+        self.frames = []
         self.steps, self.over, self.obs = 0, False, self.sim.observe()
         return self.obs, {}
 
@@ -67,10 +70,21 @@ class ChunkEnv(gym.Env):
             taken += 1
             self.steps += 1
             self.over = success or self.steps >= self.max_steps
+            if self.film:
+                self.shoot(success)
         if taken:
             self.obs = self.sim.observe()
         info = {"executed": math.ceil(taken / self.action_repeat), "success": success}
         return self.obs, float(success), success, self.over and not success, info
+
+    def shoot(self, success):
+        """Adds a picture to the film, and writes it at the end of the episode."""
+        import imageio
+        self.frames.append(self.sim.look())
+        if self.over:
+            Path(self.film).mkdir(parents=True, exist_ok=True)
+            name = f"{self.sim.name}_{'success' if success else 'failure'}.mp4"
+            imageio.mimwrite(Path(self.film) / name, self.frames, fps=20)
 
 
 class Workers:

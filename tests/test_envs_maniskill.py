@@ -107,6 +107,16 @@ def test_an_episode_does_not_depend_on_the_one_before(task, request):
 
 
 @sim
+def test_things_forget_how_long_they_have_rested(pads):
+    """Two pairs of episodes, of 180 that were tried, in which they would remember."""
+    for seed, before in ((6, 163), (22, 323)):
+        actions = solve(pads, seed, 25)[0]
+        first = episode(pads, seed, actions)[0]
+        solve(pads, before, 25)
+        assert np.array_equal(episode(pads, seed, actions)[0], first)
+
+
+@sim
 @pytest.mark.parametrize("task", list(mani.TASKS))
 def test_the_expert_solves_unseen_episodes(task):
     """Eight of eight; and the observation is what its docstring says, from ManiSkill's poses."""
@@ -356,12 +366,13 @@ def check_images(renderer, actions, folder):
     red, green, blue = pick.observe()["rgb"][0].astype(int)
     assert (green - np.maximum(red, blue) > 50).sum() > 10
     pick.close()
-    drawn.film = folder, len(actions)
     states = episode(drawn, 5, actions)[0]
+    env = ChunkEnv(lambda: drawn, gym.spaces.Dict(), 4, len(actions), len(actions), film=folder)
+    env.reset(seed=5)
+    env.step(np.array(actions))
     film, = folder.glob("*.mp4")
     assert film.name == "PutOnPad-v1_5_failure.mp4"
     assert imageio.get_reader(film).count_frames() == len(actions)
-    drawn.film = None
     vision = [(v, changes) for axis, v, changes in mani.variants("PutOnPad-v1", "rgb")
               if axis == "vision"]
     assert len(vision) == 6

@@ -76,6 +76,21 @@ def test_an_action_is_held_for_several_control_steps():
     assert seen == [1, 1, 1, 2, 2, 2]
 
 
+def test_a_film_has_a_picture_of_each_control_step_and_says_how_it_ended(tmp_path):
+    import imageio
+    for arrival, frames, outcome in ((5, 5, "success"), (10, 10, "success"), (12, 10, "failure")):
+        env = workers.ChunkEnv(Countdown, state_space(2), 1, 10, 2, 3, film=tmp_path / "new")
+        env.reset(seed=arrival)
+        env.sim.name = f"from_{arrival}"
+        env.sim.look = lambda: np.full((16, 32, 3), 20 * env.sim.step, np.uint8)
+        for _ in range(2):
+            env.step(np.zeros((2, 1)))
+        film = imageio.mimread(tmp_path / "new" / f"from_{arrival}_{outcome}.mp4")
+        assert len(film) == frames and film[0].shape == (16, 32, 3)
+        assert abs(film[3].mean() - 80) < 5
+    assert len(list((tmp_path / "new").iterdir())) == 3
+
+
 def test_a_simulator_is_built_at_the_first_reset_with_a_seed_and_only_once():
     built = []
     env = countdown_env()
