@@ -104,7 +104,7 @@ class Workers:
         """Plays one episode per seed -> (success (episodes,) bool, rows). See GapWorld.play in 01.
 
         All processes take a step together; one whose episode ends takes the next seed at once.
-        Deterministic for given seeds, policy and number of processes.
+        Deterministic for given seeds, policy and number of processes; rows is {} without seeds.
         """
         seeds, rows = [int(seed) for seed in seeds], []
         success, waiting = np.zeros(len(seeds), bool), list(range(len(seeds)))
@@ -138,7 +138,7 @@ class Workers:
             obs = next_obs
         bar.close()
         assert not waiting, f"no process may play {self.name(seeds[waiting[0]])}"
-        return success, {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        return success, {name: torch.cat([row[name] for row in rows]) for name in (rows or [{}])[0]}
 
     def ask(self, episode, seeds, question):
         """The processes' answer; one that has died ends the run in one line that names its start.
@@ -156,12 +156,12 @@ class Workers:
                 process.kill()
             self.envs.closed = True  # there is nobody left to say goodbye to
             raise SystemExit(f"a simulator process died (out of memory?) while playing "
-                             f"{', '.join(dead) or 'an episode'}; the last checkpoint is whole: "
+                             f"{', '.join(dead) or 'no episode'}; the last checkpoint is whole: "
                              f"--resume continues from it") from None
 
     def change(self, **changes):
         """ChunkEnv.change in every process."""
-        self.envs.call("change", **changes)
+        self.ask([-1] * self.num_envs, [], lambda: self.envs.call("change", **changes))
 
     def close(self):
         self.envs.close()

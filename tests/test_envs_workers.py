@@ -253,8 +253,13 @@ def test_a_change_reaches_every_process_and_can_be_taken_back(two):
     check_rows(*two.play(act, SEEDS), SEEDS)
 
 
+def test_no_seeds_no_rows(two):
+    success, rows = two.play(act, [])
+    assert success.shape == (0,) and success.dtype == bool and rows == {}
+
+
 class Bomb(gym.Env):
-    """A user's own gymnasium.Env with the three habits; seed 13 kills its process.
+    """A user's own gymnasium.Env with the three habits; seed 13 and any change kill its process.
 
     Its success is an action above half. It loads nothing before it is asked to.
     """
@@ -274,6 +279,9 @@ class Bomb(gym.Env):
         info = {"executed": 1, "success": success}
         return {"state": np.array([0], np.float32)}, float(success), success, not success, info
 
+    def change(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
 
 def test_a_users_environment_joins_and_a_killed_process_is_told_in_one_line():
     """SystemExit with one line that names the start, by the name that the script gives it."""
@@ -289,6 +297,15 @@ def test_a_users_environment_joins_and_a_killed_process_is_told_in_one_line():
     assert not any(process.is_alive() for process in world.envs.processes) or all(
         process.join(5) is None and not process.is_alive() for process in world.envs.processes)
     world.close()                                               # says goodbye to nobody
+
+
+def test_a_process_that_dies_in_a_change_is_told_in_one_line():
+    world = workers.Workers(Bomb, 1)
+    with pytest.raises(SystemExit) as stopped:
+        world.change()
+    line, = str(stopped.value).splitlines()
+    assert "died" in line and "no episode" in line
+    world.close()
 
 
 # ------------------------------------------------------------------------------------------------
