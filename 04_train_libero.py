@@ -55,21 +55,19 @@ class RobotPolicy(flow.FlowPolicy):
     tokens (B, L) uint8, its bytes.
 
     The last 3 * `slots` numbers of the state are positions (m) of things that the sentence may
-    name: it decides which are looked at. The flow lives in the `moving` ones of the action_size
-    action dims; the others stay where they were in the demos, and get no noise and no credit.
+    name: it decides which are looked at.
     """
 
-    def __init__(self, horizon, moving, action_size, state_dim, cameras=0, language=False, slots=0,
+    def __init__(self, horizon, action_dim, state_dim, cameras=0, language=False, slots=0,
                  width=512, depth=3):
-        config = dict(horizon=horizon, moving=moving, action_size=action_size, cameras=cameras,
-                      state_dim=state_dim, language=language, slots=slots, width=width, depth=depth)
+        config = dict(horizon=horizon, action_dim=action_dim, state_dim=state_dim, cameras=cameras,
+                      language=language, slots=slots, width=width, depth=depth)
         # two numbers for each of 64 feature maps, 64 a sentence, three a head of attention
         context = state_dim - 3 * slots + 128 * cameras + 64 * language + 12 * (slots > 0)
-        super().__init__(horizon, len(moving), context, width, depth)
+        super().__init__(horizon, action_dim, context, width, depth)
         self.config, self.context_dim = config, context  # config rebuilds it from a checkpoint
-        self.moving, self.cameras, self.language, self.slots = moving, cameras, language, slots
+        self.cameras, self.language, self.slots = cameras, language, slots
         self.state_centre, self.state_scale = torch.zeros(state_dim), torch.ones(state_dim)
-        self.register_buffer("still", torch.zeros(action_size))  # what the other dims do
         if cameras:  # one net, shared by the cameras
             self.image_encoder = nn.Sequential(
                 nn.Conv2d(3, 32, 7, stride=2), nn.SiLU(), nn.Conv2d(32, 32, 3, stride=2),
@@ -101,23 +99,12 @@ class RobotPolicy(flow.FlowPolicy):
             parts.append(10 * (weights @ places).flatten(1))      # (B, 12), decimetres: order 1
         return torch.cat(parts, dim=-1)
 
-    def fit_normalisation(self, obs, chunks):
-        super().fit_normalisation(obs, chunks[..., self.moving])
-        self.still.copy_(chunks.flatten(0, 1).mean(0))
 
-    def normalise(self, actions):
-        return super().normalise(actions[..., self.moving])
-
-    def denormalise(self, x_0):
-        actions = self.still.repeat(*x_0.shape[:-1], 1)
-        actions[..., self.moving] = super().denormalise(x_0)
-        return actions
-
-
-def moving_dims(chunks):
-    """Action dims whose range in the demos (N, H, A) is more than a tenth of [-1, 1]."""
-    low, high = (torch.quantile(chunks.flatten(0, 1), q, dim=0) for q in (0.01, 0.99))
-    return torch.where(high - low > 0.2)[0].tolist()
+def credited(policy, v_theta, v_old):
+    """v_theta in the action dims whose range in the demos is over a tenth of [-1, 1], v_old in the
+    others: they hardly move, so their noise changes nothing and earns nothing."""
+    moves = getattr(policy, "action_scale", torch.ones(1, device=v_old.device)) > 0.1
+    return torch.where(moves, v_theta, v_old)
 
 
 def spatial_softmax(maps):
@@ -232,7 +219,7 @@ def clone(args, make_policy, collect_demos):
         print(f"{len(demos)} demos, {len(chunks)} chunks of {H} actions", flush=True)
         obs = {name: torch.cat([rows[name] for rows, _ in demos]) for name in demos[0][0]}
         torch.manual_seed(args.seed)
-        policy = make_policy(args, moving_dims(chunks)).to(args.device)
+        policy = make_policy(args).to(args.device)
         average_gradients(policy)
         torch.manual_seed(args.seed + rank_of()[0])  # each rank draws minibatches of its own
         loss = flow.train_sft(policy, obs, chunks, args.sft_steps)
@@ -262,7 +249,11 @@ class StepNFT:
         batch["k"] = torch.arange(args.num_steps).expand(rows, -1)
         if args.transitions == "one":
             batch["k"] = torch.randint(args.num_steps, (rows, 1))
-        return nft.update(policy, optimizer, equal_rows(batch), epochs=args.epochs,
+
+        def loss(v_theta, v_old, **steps):
+            return nft.step_nft_loss(credited(policy, v_theta, v_old), v_old, **steps)
+
+        return nft.update(policy, optimizer, equal_rows(batch), epochs=args.epochs, loss=loss,
                           minibatch=args.minibatch, target=args.target, beta=args.beta,
                           max_drift=args.max_drift, dpo_beta=args.dpo_beta)
 
@@ -475,8 +466,8 @@ def check_clone(parser, args, policy):
     """--sft must hold a policy of the kind that this run would train."""
     if args.sft:
         config = torch.load(args.sft, map_location="cpu", weights_only=True)["config"]
-        for name in policy.config.keys() - {"moving"}:  # that comes from the demos
-            if config[name] != policy.config[name]:
+        for name in policy.config:
+            if config.get(name) != policy.config[name]:
                 parser.error(f"--sft {args.sft}: its policy has {name} {config[name]}, this run "
                              f"needs {policy.config[name]}")
 
@@ -494,8 +485,8 @@ def make_world(args, suite=None, demo_noise=None, film=None):
         image_size=args.image_size, gl=args.gl, film=film)
 
 
-def make_policy(args, moving):
-    return RobotPolicy(args.horizon, moving, libero.ACTION_DIM, args.state_dim,
+def make_policy(args):
+    return RobotPolicy(args.horizon, libero.ACTION_DIM, args.state_dim,
                        cameras=2 * (args.obs == "rgb"), language=len(args.tasks) > 1)
 
 
@@ -597,7 +588,7 @@ def parse_args(argv=None):
                 or libero.state_size(suite, args.obs) > args.state_dim):
             parser.error(f"--eval-suites {suite} has fewer tasks, or more things in one, than "
                          f"--suite {args.suite}")
-    check_clone(parser, args, make_policy(args, [0]))
+    check_clone(parser, args, make_policy(args))
     args.gl = libero.find_gl() if args.obs == "rgb" or args.video else None
     parser.make_folder("--out", args.out)
     return args

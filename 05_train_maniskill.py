@@ -115,6 +115,7 @@ def ppo_update(policy, critic, optimizer, batch, *, epochs, minibatch, clip=0.2,
         for rows in torch.randperm(len(batch["y"])).split(minibatch):
             ctx, steps = nft.recorded_steps(policy, flow.take(batch, rows))
             A, v_theta, v_old, _ = (steps.pop(name) for name in ("y", "v_theta", "v_old", "x_0"))
+            v_theta = robot.credited(policy, v_theta, v_old)
             log_ratio = log_prob(v_theta, **steps) - log_prob(v_old, **steps)
             ratio = log_ratio.exp()
             # L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
@@ -190,9 +191,9 @@ def make_world(args, demo_noise=None, film=None):
         film=film)
 
 
-def make_policy(args, moving):
+def make_policy(args):
     slots = maniskill.slots(args.task)  # things that an instruction may name
-    return robot.RobotPolicy(args.horizon, moving, maniskill.ACTION_DIM,
+    return robot.RobotPolicy(args.horizon, maniskill.ACTION_DIM,
                              maniskill.state_size(args.task, args.obs), width=256,
                              cameras=int(args.obs == "rgb"), language=slots > 0,
                              slots=slots * (args.obs == "state"))
@@ -276,7 +277,7 @@ def parse_args(argv=None):
                          "does not use it")
     if args.algo == "grpo" and args.group_size == 1:
         parser.error("--group-size 1: --algo grpo compares the episodes from one start, give 8")
-    robot.check_clone(parser, args, make_policy(args, [0]))
+    robot.check_clone(parser, args, make_policy(args))
     args.renderer = maniskill.find_renderer() if args.obs == "rgb" or args.video else None
     parser.make_folder("--out", args.out)
     return args

@@ -134,7 +134,7 @@ def peak_memory(work):
 
 def pick_policy():
     """05's policy for PickCube."""
-    return robot.RobotPolicy(4, [0, 1, 2, 3], maniskill.ACTION_DIM,
+    return robot.RobotPolicy(4, maniskill.ACTION_DIM,
                              maniskill.state_size("PickCube-v1", "state"), width=256)
 
 
@@ -193,7 +193,7 @@ def main():
     bare = bare_rate(Soup, args.num_envs, args.episodes, LIBERO_STEPS)
     world = libero.make_workers("libero_object", [0], args.num_envs, action_repeat=4,
                                 max_steps=LIBERO_STEPS)
-    policy = robot.RobotPolicy(1, list(range(7)), libero.ACTION_DIM,
+    policy = robot.RobotPolicy(1, libero.ACTION_DIM,
                                libero.state_size("libero_object"))
     *_, libero_ratio, libero_busy = against(bare, policy, world, args.episodes, 0.5, 4,
                                             functools.partial(libero.random_start, 0))

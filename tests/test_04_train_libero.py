@@ -1,6 +1,7 @@
 """04: the robot's policy, checkpoints, demonstrations, flags and ranks, most of it on the toy world
 in a robot's clothes; then whole runs on the real simulator."""
 
+import copy
 import csv
 import functools
 import importlib
@@ -40,7 +41,7 @@ def told(sentences):
 
 
 def full_policy():
-    return robot.RobotPolicy(4, [0, 2, 3], 5, state_dim=5 + 9, cameras=2, language=True, slots=3,
+    return robot.RobotPolicy(4, 3, state_dim=5 + 9, cameras=2, language=True, slots=3,
                              width=32)
 
 
@@ -63,13 +64,13 @@ def test_state_images_sentence_and_slots_make_one_context():
     ({}, 14), ({"cameras": 1}, 14 + 128), ({"language": True}, 14 + 64),
     ({"language": True, "slots": 2}, 8 + 64 + 12)])
 def test_what_a_policy_does_not_have_it_does_not_need(senses, size):
-    policy, obs = robot.RobotPolicy(4, [0, 1], 3, 14, **senses), {"state": torch.randn(3, 14)}
+    policy, obs = robot.RobotPolicy(4, 3, 14, **senses), {"state": torch.randn(3, 14)}
     if "cameras" in senses:
         obs["rgb"] = full_obs()["rgb"][:, :1]
     if "language" in senses:
         obs["tokens"] = told(SENTENCES)
     assert policy.encode(obs).shape == (3, size) == (3, policy.context_dim)
-    assert flow.ode_sample(policy, obs, 2).shape == (3, 4, 2)
+    assert flow.ode_sample(policy, obs, 2).shape == (3, 4, 3)
 
 
 @pytest.mark.parametrize("change", ["state", "rgb", "tokens"])
@@ -125,13 +126,13 @@ def test_encoding_a_batch_is_encoding_one_by_one():
 
 @pytest.mark.parametrize("sentence", ["fetch Großmutters 茶", "", "word " * 100])
 def test_unseen_words_are_no_error(sentence):
-    policy = robot.RobotPolicy(1, [0], 1, 1, language=True)
+    policy = robot.RobotPolicy(1, 1, 1, language=True)
     ctx = policy.encode({"state": torch.zeros(2, 1), "tokens": told([sentence, SENTENCES[0]])})
     assert ctx.isfinite().all() and (ctx[0] - ctx[1]).abs().max() > 1e-4
 
 
 def test_different_sentences_differ_and_capitals_do_not():
-    policy = robot.RobotPolicy(1, [0], 1, 1, language=True)
+    policy = robot.RobotPolicy(1, 1, 1, language=True)
     ctx = policy.encode({"state": torch.zeros(4, 1), "tokens": told([*SENTENCES,
                                                                      "Pick up the MILK"])})
     assert all((ctx[i] - ctx[j]).abs().max() > 1e-4 for i in range(3) for j in range(i))
@@ -140,7 +141,7 @@ def test_different_sentences_differ_and_capitals_do_not():
 
 def test_the_sentence_alone_decides_which_slots_are_looked_at():
     """Shift one slot: the glances move by ten times their weight on it, whatever the rest is."""
-    policy = robot.RobotPolicy(2, [0, 1], 2, state_dim=5 + 9, language=True, slots=3, width=16)
+    policy = robot.RobotPolicy(2, 2, state_dim=5 + 9, language=True, slots=3, width=16)
     policy.attention.weight.data *= 30
     weights = {}
     for i, sentence in enumerate(SENTENCES[:2]):
@@ -164,49 +165,49 @@ def test_the_sentence_alone_decides_which_slots_are_looked_at():
 
 
 # ------------------------------------------------------------------------------------------------
-# Action dims that stand still in the demonstrations
+# Action dims that hardly move in the demonstrations
 
 
-def demo_chunks(N=50):
-    """Three of five action dims move; of the others one rests, one trembles."""
-    chunks = torch.rand(N, 4, 5) * 2 - 1
-    chunks[..., 1], chunks[..., 4] = -1, 0.3 + 0.01 * torch.randn(N, 4)
-    return chunks
-
-
-def test_the_moving_dims_are_those_whose_demos_span_a_tenth_of_the_range():
-    chunks = demo_chunks()
+def test_dims_that_hardly_move_in_the_demos_earn_no_credit():
+    """A dim whose 1 and 99 % quantiles are less than 0.2 apart keeps v_old, without a gradient."""
+    policy = robot.RobotPolicy(4, 5, state_dim=2)
+    chunks = torch.rand(50, 4, 5) * 2 - 1
+    chunks[..., 1], chunks[..., 4] = -1, 0.3 + 0.01 * torch.randn(50, 4)   # one rests, one trembles
     chunks[0, 0, 1] = 1                                   # one outlier in 200 is no movement
-    wanted = []
+    policy.fit_normalisation({"state": torch.randn(50, 2)}, chunks)
+    v_theta, v_old = torch.randn(2, 3, 4, 5)
+    v_theta.requires_grad_()
+    credited = robot.credited(policy, v_theta, v_old)
+    credited.sum().backward()
     for dim in range(5):
         values = sorted(chunks[..., dim].flatten().tolist())
-        if values[round(0.99 * 199)] - values[round(0.01 * 199)] > 0.2:
-            wanted.append(dim)
-    assert robot.moving_dims(chunks) == wanted == [0, 2, 3]
-    assert robot.moving_dims(chunks * torch.tensor([1, 1, 0.05, 1, 1])) == [0, 3]
+        moves = values[round(0.99 * 199)] - values[round(0.01 * 199)] > 0.2
+        assert torch.equal(credited[..., dim], (v_theta if moves else v_old)[..., dim])
+        assert v_theta.grad[..., dim].unique().tolist() == [float(moves)]
+        assert moves == (dim in (0, 2, 3))
 
 
-def test_still_dims_do_what_they_did_in_the_demos_whatever_the_noise():
-    policy, obs, chunks = full_policy(), full_obs(), demo_chunks(3)
-    policy.fit_normalisation(obs, chunks)
-    for scale in (0, 1, 100):
-        actions = policy.denormalise(scale * torch.randn(7, 4, 3))
-        assert actions.shape == (7, 4, 5)
-        for dim in (1, 4):
-            mean = np.mean(chunks[..., dim].numpy().astype(float))
-            assert len(actions[..., dim].unique()) == 1
-            assert actions[0, 0, dim].item() == pytest.approx(mean, abs=1e-6)
-
-
-def test_normalising_is_undone_and_leaves_the_still_dims_out():
-    policy, obs, chunks = full_policy(), full_obs(), demo_chunks()
-    policy.fit_normalisation(obs, chunks)
-    x_0 = policy.normalise(chunks)
-    assert x_0.shape == (50, 4, 3)
-    torch.testing.assert_close(policy.denormalise(x_0)[..., [0, 2, 3]], chunks[..., [0, 2, 3]])
-    low, high = (np.quantile(chunks[..., 2].numpy(), q) for q in (0.01, 0.99))
-    wanted = (chunks[..., 2] - (low + high) / 2) / ((high - low) / 2)
-    torch.testing.assert_close(x_0[..., 1], wanted, rtol=1e-3, atol=1e-4)
+def test_an_update_of_the_method_leaves_uncredited_noise_out_of_the_loss():
+    """Other v_old and x_next in a dim that never moved: the same loss, the same update."""
+    torch.manual_seed(1)
+    start = robot.RobotPolicy(2, 3, state_dim=2, width=16)
+    start.action_scale.copy_(torch.tensor([1.0, 0.01, 1.0]))
+    obs = {"state": torch.randn(16, 2)}
+    _, path = robot.nft.sde.sde_sample(start, obs, 4, 0.3)
+    batch = {**obs, **path._asdict(), "episode": torch.arange(16),
+             "mask": torch.ones(16, 2, dtype=bool)}
+    results = []
+    for shift in (0, 1):
+        policy = copy.deepcopy(start)
+        changed = {**batch, "v": batch["v"] + shift * torch.tensor([0, 0.3, 0])}
+        args = SimpleNamespace(num_steps=4, group_size=1, transitions="all", epochs=1, minibatch=16,
+                               target="next", beta=1.0, max_drift=0.5, dpo_beta=1.0)
+        info = robot.StepNFT(args).learn(policy, torch.optim.SGD(policy.parameters(), lr=0.1),
+                                         changed, np.arange(16) % 2 == 0)
+        weights = torch.cat([p.detach().flatten() for p in policy.parameters()])
+        results.append((weights, info["margin"]))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-4, atol=1e-6)
+    assert results[0][1] == pytest.approx(results[1][1], abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def test_normalising_is_undone_and_leaves_the_still_dims_out():
 
 class Toy(flow.GapWorld):
     """GapWorld with a robot's observations and actions. The first two action dims drive, the others
-    must stay where the demos had them."""
+    stay near where the demos had them."""
 
     still, played = 0.3, []
 
@@ -238,7 +239,7 @@ class Toy(flow.GapWorld):
 
     def step(self, chunks):
         assert chunks.shape[2] == self.action_dim and chunks.dtype == np.float32
-        assert np.allclose(chunks[..., 2:], self.still, atol=1e-5)
+        assert np.abs(chunks[..., 2:] - self.still).max() < 0.5      # its scale there is 0.01
         return super().step(chunks[..., :2])
 
     def change(self, changes):
@@ -445,22 +446,22 @@ def saved(path, policy, **flags):
 
 def test_a_checkpoint_comes_back_whole(tmp_path):
     policy, obs = full_policy(), full_obs()
-    policy.fit_normalisation(obs, demo_chunks(3))
+    policy.fit_normalisation(obs, torch.rand(3, 4, 3))
     saved(tmp_path / "p.pt", policy, seed=3)
     loaded = robot.load_policy(tmp_path / "p.pt")
     x_t, t = torch.randn(3, 4, 3), torch.rand(3)
     assert torch.equal(loaded.velocity(x_t, t, loaded.encode(obs)),
                        policy.velocity(x_t, t, policy.encode(obs)))
     assert torch.equal(loaded.denormalise(x_t), policy.denormalise(x_t))
-    assert torch.equal(loaded.normalise(demo_chunks(3)[:1] * 0 + 1),
-                       policy.normalise(demo_chunks(3)[:1] * 0 + 1))
+    assert torch.equal(loaded.normalise(torch.rand(3, 4, 3)[:1] * 0 + 1),
+                       policy.normalise(torch.rand(3, 4, 3)[:1] * 0 + 1))
     content = torch.load(tmp_path / "p.pt", weights_only=True)     # nothing in it is a program
     assert content["note"] == {"n": 7} and content["flags"] == {"script": SCRIPT, "seed": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["p.pt"]
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    policy = robot.RobotPolicy(1, [0], 1, 1)
+    policy = robot.RobotPolicy(1, 1, 1)
     saved(tmp_path / "p.pt", policy, seed=1)
 
     def dies_halfway(content, file):
@@ -842,7 +843,7 @@ def test_rgb_sft_beats_a_policy_that_sees_nothing(gl):
         shown = [{k: seen * rows[k] for k in ("state", "rgb")} for rows, _ in demos]
         chunks = [flow.sliding_chunks(actions, 4) for _, actions in demos]
         torch.manual_seed(0)
-        policy = robot.RobotPolicy(4, [*range(7)], 7, state_dim=6, cameras=2)
+        policy = robot.RobotPolicy(4, 7, state_dim=6, cameras=2)
         flow.train_sft(policy, shown[0], chunks[0], 200, batch_size=32)
         with torch.no_grad():
             torch.manual_seed(1)

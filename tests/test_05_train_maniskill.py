@@ -492,7 +492,7 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path):
 def test_two_ranks_of_torchrun_share_the_episodes_of_one_run(tmp_path):
     flags = [*TINY, *"--algo ppo --eval-ood --ood-episodes 2 --iterations 1 --episodes 16 "
              "--test-episodes 3 --out new".split(), "--sft", str(tmp_path / "sft.pt")]
-    policy = robot.RobotPolicy(4, [0, 1, 2, 3], 4, state_dim=11, width=256)
+    policy = robot.RobotPolicy(4, 4, state_dim=11, width=256)
     robot.save(tmp_path / "sft.pt", policy, SimpleNamespace(flags={}))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
     run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
@@ -515,7 +515,7 @@ def test_images_train_end_to_end_and_are_filmed(renderer, tmp_path):
     takes long to build where nothing but the CPU draws, so SFT is borrowed."""
     import imageio
     flags = parse("--task", "PutOnPad-v1", "--obs", "rgb", "--out", tmp_path).flags
-    sft = robot.RobotPolicy(4, [0, 1, 2, 3], 4, state_dim=5, cameras=1, language=True, width=256)
+    sft = robot.RobotPolicy(4, 4, state_dim=5, cameras=1, language=True, width=256)
     robot.save(tmp_path / "sft.pt", sft, SimpleNamespace(flags=flags))
     result, _ = ran(*"--task PutOnPad-v1 --obs rgb --iterations 1 --episodes 2 --group-size 2 "
                     "--max-steps 8 --eval-every 1 --eval-episodes 1 --test-episodes 1 --num-envs 1 "
