@@ -273,7 +273,7 @@ def add_method_flags(parser):
     add("--num-steps", type=flow.positive_int, default=4, help="K, denoising steps")
     add("--beta", type=positive, default=1.0, help="distance of the branches, in units of delta")
     add("--max-drift", type=positive, default=0.5, help="longest delta, per action, in flow units")
-    add("--dpo-beta", type=positive, default=1.0, help="slope of the ranking (DPO ranks so, too)")
+    add("--dpo-beta", type=positive, default=1.0, help="slope of the ranking, as in DPO")
     add("--ema", type=flow.number(float, 0, 1), nargs=2, metavar=("START", "END"),
         default=[0.1, 0.995], help="how slowly the acting policy follows, first and last iteration")
 
