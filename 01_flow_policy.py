@@ -232,7 +232,7 @@ def evaluate(policy, world, seeds, num_steps=4):
         x_0 = ode_sample(policy, to_device(obs, policy), num_steps)
         return policy.denormalise(x_0).cpu(), {}
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
         return world.play(act, seeds)[0]
 

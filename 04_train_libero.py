@@ -1,8 +1,8 @@
 """04 - From the toy to a robot: pi-StepNFT on LIBERO, from a few demonstrations.
 
-The method of 03, unchanged, on the benchmark of the paper: pick and place with a Panda arm. A
-scripted controller (or LIBERO's recorded files) gives a few demonstrations, flow matching clones
-them (SFT), and reinforcement learning lifts the clone:
+The method of 03 on the benchmark of the paper: pick and place with a Panda arm. A scripted
+controller (or LIBERO's recorded files) gives a few demonstrations, flow matching clones them (SFT),
+and reinforcement learning lifts the clone:
 
     explore (02) -> label by success -> update (03: one-step ranking) -> EMA -> evaluate
 
@@ -15,7 +15,8 @@ action, held for 4 control steps, so that an episode's success hangs on a quarte
 numbers; all K denoising steps of a chunk are trained on; labels are centred on the 8 episodes from
 one start; noise 0.5, because most of it is contracted away before it reaches the arm (notebook
 exploration_width); slope 0.1 of the ranking, which holds the policy back less; the old policy
-follows quickly. Each is a flag. Left out: the vision-language backbone.
+follows quickly. Each is a flag. Always: the learning rate falls to 0, and action dims that hardly
+move in the demos earn no credit. Left out: the vision-language backbone.
 
 Run:     python 04_train_libero.py --seed 2             (task 0, about 20 minutes on two cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/last.pt --video 4
@@ -36,7 +37,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import scipy.stats
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -55,7 +55,7 @@ class RobotPolicy(flow.FlowPolicy):
     tokens (B, L) uint8, its bytes.
 
     The last 3 * `slots` numbers of the state are positions (m) of things that the sentence may
-    name: it decides which are looked at.
+    name: it decides which are looked at (05's PutOnPad).
     """
 
     def __init__(self, horizon, action_dim, state_dim, cameras=0, language=False, slots=0,
@@ -100,13 +100,6 @@ class RobotPolicy(flow.FlowPolicy):
         return torch.cat(parts, dim=-1)
 
 
-def credited(policy, v_theta, v_old):
-    """v_theta in the action dims whose range in the demos is over a tenth of [-1, 1], v_old in the
-    others: they hardly move, so their noise changes nothing and earns nothing."""
-    moves = getattr(policy, "action_scale", torch.ones(1, device=v_old.device)) > 0.1
-    return torch.where(moves, v_theta, v_old)
-
-
 def spatial_softmax(maps):
     """Feature maps (N, C, h, w) -> the point each looks at, x and y in [-1, 1]: (N, 2 C). A map
     becomes a probability over pixels, and its mean position the feature (Levine et al. 2016)."""
@@ -132,7 +125,10 @@ def join_ranks(args):
     if cuda:
         torch.cuda.set_device(local)
         args.device = f"cuda:{local}"
-        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(local))  # its simulators draw there
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(local + 1)))
+        # its simulators, started later, see this GPU only and draw there
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local]
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = visible.split(",")[local]
     if dist.get_rank():
         args.scratch = tempfile.TemporaryDirectory()
         sys.stdout, args.out = open(os.devnull, "w"), Path(args.scratch.name)
@@ -230,6 +226,13 @@ def clone(args, make_policy, collect_demos):
 
 # ------------------------------------------------------------------------------------------------
 # A run: train, its checkpoints and its log. 05 uses all of it.
+
+
+def credited(policy, v_theta, v_old):
+    """v_theta in the action dims whose range in the demos is over a tenth of [-1, 1], v_old in the
+    others: they hardly move, so their noise changes nothing and earns nothing."""
+    moves = getattr(policy, "action_scale", torch.ones(1, device=v_old.device)) > 0.1
+    return torch.where(moves, v_theta, v_old)
 
 
 class StepNFT:
@@ -347,6 +350,7 @@ def evaluate(policy, world, seeds, num_steps):
 
 def rated(success):
     """Successes -> the columns of a table: their rate with its 95 % Wilson interval."""
+    import scipy.stats  # not at the top: every worker process would load it
     test = scipy.stats.binomtest(int(np.sum(success)), len(success))
     low, high = test.proportion_ci(0.95, method="wilson")
     return {"episodes": len(success), "success": float(np.mean(success)), "low": low, "high": high}
@@ -361,15 +365,6 @@ def report(name, success):
 
 # ------------------------------------------------------------------------------------------------
 # The flags of a run. With --resume or --eval-only they come from the checkpoint.
-
-
-def device(text):
-    """A flag's type: a device that torch can use here."""
-    try:
-        torch.empty(0, device=text)
-    except (RuntimeError, AssertionError):
-        raise argparse.ArgumentTypeError(f"{text} is no device of this machine") from None
-    return text
 
 
 def checkpoint(text):
@@ -407,14 +402,14 @@ def add_run_flags(parser, envs_per_core, **defaults):
         help="train on all K denoising steps of a chunk, or on one at random (the paper)")
     add("--lr", type=flow.positive_float, default=3e-4, help="Adam's, falling linearly to 0")
     add("--epochs", type=positive_int, default=3, help="passes over each batch")
-    add("--minibatch", type=positive_int, default=512, help="chunks per optimisation step")
+    add("--minibatch", type=positive_int, default=512, help="chunks per step, on each rank")
     add("--eval-every", type=positive_int, default=5, help="iterations between validations")
     add("--eval-episodes", type=positive_int, default=200, help="episodes per validation")
     add("--test-episodes", type=positive_int, default=200, help="episodes of the final test")
     add("--num-envs", type=positive_int, default=envs_per_core * max(cores, 1),
         help="simulators at a time, for each rank of torchrun")
-    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu",
-        help="of the policy")
+    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
+    add("--device", choices=devices, default=devices[0], help="of the policy")
     add("--seed", type=natural, default=0, help="seed of demos, SFT, rollouts and updates")
     add("--out", type=Path, default="runs", help="folder of logs and checkpoints")
     add("--video", type=natural, default=0, metavar="N", help="film N test episodes as mp4")
@@ -430,15 +425,19 @@ def parse_run(parser, argv=None):
     args, stored = parser.parse_args(argv), {}
     path = args.eval_only or args.resume and args.out / "last.pt"
     if path:
-        if not path.exists():
-            parser.error(f"--resume: {path} is missing; start without --resume")
+        missing = [name for name in ("last.pt", "sft.pt", "log.csv")
+                   if args.resume and not (args.out / name).exists()]
+        if missing:
+            parser.error(f"--resume: {args.out} has no {', '.join(missing)}; leave --resume out")
         try:
             flags = torch.load(checkpoint(path), map_location="cpu", weights_only=True)["flags"]
         except argparse.ArgumentTypeError as error:
             parser.error(f"--resume: {error}")
         if flags["script"] != parser.prog:
             parser.error(f"{path} was trained by {flags['script']}")
-        stored = {name: flags[name] for name in flags.keys() - OF_THE_CALL}
+        # a resumed run repeats what it would have done only with as many simulators
+        leave = OF_THE_CALL | ({"num_envs"} if args.eval_only else set())
+        stored = {name: flags[name] for name in flags.keys() - leave}
         parser.set_defaults(**stored, out=path.parent)
         args = parser.parse_args(argv)
     for name in stored.keys() - FREE - ({"tasks"} if args.eval_only else set()):
@@ -464,12 +463,10 @@ def parse_run(parser, argv=None):
 
 def check_clone(parser, args, policy):
     """--sft must hold a policy of the kind that this run would train."""
-    if args.sft:
-        config = torch.load(args.sft, map_location="cpu", weights_only=True)["config"]
-        for name in policy.config:
-            if config.get(name) != policy.config[name]:
-                parser.error(f"--sft {args.sft}: its policy has {name} {config[name]}, this run "
-                             f"needs {policy.config[name]}")
+    config = load_policy(args.sft).config if args.sft else policy.config
+    if config != policy.config:
+        parser.error(f"--sft {args.sft} holds a policy with {config}, this run needs "
+                     f"{policy.config}")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -504,17 +501,19 @@ def collect_demos(args):
 def random_starts(args, split, count, *run, group_size=1):
     """Seeds of `count` episodes, the tasks taking turns; group_size neighbours share one start."""
     starts = flow.episode_seeds(split, count // group_size, *run)
-    return np.repeat(libero.random_start(np.resize(args.tasks, len(starts)), starts), group_size)
+    first = run[1] * len(starts) if run else 0  # an iteration begins where the last one ended
+    tasks = np.resize(np.roll(args.tasks, -first), len(starts))
+    return np.repeat(libero.random_start(tasks, starts), group_size)
 
 
 def test_all(policies, args, world):
     """Official and random starts in the suite of the training, official ones in --eval-suites, then
     films of the last policy; test.csv has a row for each task -> {policy: success}, official."""
-    official = [libero.TASK * task + i for task in args.tasks for i in range(libero.OFFICIAL)]
+    official = [libero.TASK * task + i for i in range(libero.OFFICIAL) for task in args.tasks]
     random, rates = random_starts(args, "test", args.test_episodes), {}
     if not args.eval_only:  # its rows are added, under the path of the policy
         (args.out / "test.csv").unlink(missing_ok=True)
-    for suite in [args.suite, *args.eval_suites]:
+    for suite in dict.fromkeys([args.suite, *args.eval_suites]):
         kinds = {"official initial states": official}
         if suite == args.suite:
             kinds["random placements"] = random
@@ -536,7 +535,7 @@ def test_all(policies, args, world):
         filmed = make_world(args, film=args.out / "videos")
         flow.evaluate(policy, filmed, random[:args.video], args.num_steps)
         filmed.close()
-        print(f"saved {args.video} episodes in {args.out}/videos")
+        print(f"saved {len(random[:args.video])} episodes in {args.out}/videos")
     return rates
 
 

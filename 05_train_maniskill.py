@@ -1,6 +1,6 @@
 """05 - What a critic costs: pi-StepNFT beside PPO and GRPO, in and out of distribution.
 
-The method of 03 unchanged on a second simulator, ManiSkill: a Panda arm holds a cube at a goal,
+The method of 03 on a second simulator, ManiSkill: a Panda arm holds a cube at a goal,
 pushes, stacks, or follows a sentence, "put the red cube on the green pad" (--task). As in 04, a
 scripted controller gives a few demonstrations, flow matching clones them (SFT), and reinforcement
 learning lifts the clone; --algo says how:
@@ -156,7 +156,7 @@ class PPO:
             batch["elapsed"] = elapsed_time(batch["episode"], limit)
             with torch.no_grad():
                 parts = torch.arange(len(batch["x"])).split(4096)
-                shown = [flow.to_device(flow.take(batch, rows), policy) for rows in parts]
+                shown = (flow.to_device(flow.take(batch, rows), policy) for rows in parts)
                 values = torch.cat([self.critic(policy.encode(rows), rows["elapsed"]).cpu()
                                     for rows in shown])
             y, batch["returns"] = gae(values, success, batch["episode"])
@@ -245,7 +245,7 @@ def test_all(policies, args, world):
         filmed = make_world(args, film=args.out / "videos")
         flow.evaluate(policy, filmed, seeds[:args.video], args.num_steps)
         filmed.close()
-        print(f"saved {args.video} episodes in {args.out}/videos")
+        print(f"saved {len(seeds[:args.video])} episodes in {args.out}/videos")
     return rates
 
 

@@ -98,7 +98,7 @@ class Workers:
         self.num_envs, self.plays, self.name = num_envs, plays, name
         self.envs = gym.vector.AsyncVectorEnv([make_env] * num_envs, context="spawn",
                                               autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-        self.envs.reset()  # every process has something to show
+        self.ask([-1] * num_envs, [], self.envs.reset)  # every process has something to show
 
     def play(self, act, seeds):
         """Plays one episode per seed -> (success (episodes,) bool, rows). See GapWorld.play in 01.

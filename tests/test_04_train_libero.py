@@ -611,7 +611,20 @@ def test_a_gpu_that_is_not_there_gets_one_line():
 
 def test_a_broken_last_checkpoint_gets_one_line(tmp_path):
     (tmp_path / "last.pt").write_bytes(b"half")
+    line = wrong_call(SCRIPT, "--resume", "--out", tmp_path)
+    assert "--resume" in line and "sft.pt, log.csv" in line
+    for name in ("sft.pt", "log.csv"):
+        (tmp_path / name).touch()
     assert "last.pt" in wrong_call(SCRIPT, "--resume", "--out", tmp_path)
+
+
+def test_every_task_is_trained_when_an_iteration_has_fewer_starts_than_tasks():
+    args, played = SimpleNamespace(tasks=list(range(10))), []
+    for iteration in range(5):
+        seeds = robot.random_starts(args, "train", 32, 0, iteration, group_size=8)
+        assert len(set(seeds.tolist())) == 4 and (seeds.reshape(4, 8) == seeds[::8, None]).all()
+        played += (seeds[::8] // libero.TASK).tolist()
+    assert played == [*range(10)] * 2                     # in turn, across iterations
 
 
 def test_a_run_killed_before_its_first_checkpoint_can_start_again(toy, tmp_path):
