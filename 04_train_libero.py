@@ -18,7 +18,7 @@ exploration_width); slope 0.1 of the ranking, which holds the policy back less; 
 follows quickly. Each is a flag. Always: the learning rate falls to 0, and action dims that hardly
 move in the demos earn no credit. Left out: the vision-language backbone.
 
-Run:     python 04_train_libero.py --seed 2             (task 0, about 20 minutes on two cores)
+Run:     python 04_train_libero.py --num-demos 1 --seed 2     (task 0, 17 minutes on two cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/last.pt --video 4
          torchrun --nproc-per-node=8 04_train_libero.py --obs rgb --tasks all --episodes 512
 Prints:  success of SFT and of every evaluation with its 95 % interval, then RESULT.

@@ -1,23 +1,48 @@
-"""README.md tells the truth: commands parse, flags and links exist, numbers are the csv's."""
+"""The READMEs tell the truth: commands parse, flags and links exist, numbers are the csv's, and the
+blocks of Python run."""
 
 import argparse
 import importlib
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "results"))
-figures, tables = map(importlib.import_module, ("figures", "tables"))
-README = (ROOT / "README.md").read_text()
+figures, robot, tables = map(importlib.import_module, ("figures", "04_train_libero", "tables"))
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in tables.PAGES}
+README = PAGES["README.md"]
+REPORTS = sorted(set(PAGES) - {"README.md", "results/benchmark_width/README.md"})
 SCRIPTS = sorted(path.name for path in ROOT.glob("0*.py"))
-CODE = re.sub(r"\\\n\s*", "", "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)))
-PROSE = re.sub(r"```.*?```", "", README, flags=re.S)
-INLINE = re.findall(r"`([^`\n]+)`", PROSE)
+OTHERS = ["results/ablations.py", "results/experts.py", "results/figures.py",
+          "results/notebooks.py"]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def code(text):
+    """The shell blocks of a page, one command a line."""
+    return re.sub(r"\\\n\s*", "", "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)))
+
+
+def prose(text):
+    return re.sub(r"```.*?```", "", text, flags=re.S)
+
+
+def inline(text):
+    """Inline code; one that is broken over two lines is one piece."""
+    paragraphs = re.split(r"\n\n", prose(text))
+    return [" ".join(piece.split()) for paragraph in paragraphs
+            for piece in re.findall(r"`([^`]+)`", paragraph)]
+
+
+CODE = "\n".join(map(code, PAGES.values()))
+INLINE = [piece for text in PAGES.values() for piece in inline(text)]
 
 
 class Parsed(Exception):
@@ -37,6 +62,7 @@ def parsed(monkeypatch):
         monkeypatch.syspath_prepend(str(ROOT / folder))
         module = importlib.import_module(name.removesuffix(".py"))
         with monkeypatch.context() as patch, pytest.raises(Parsed) as raised:
+            patch.setattr(robot, "checkpoint", Path)  # the pages' checkpoints are not here
             patch.setattr(argparse.ArgumentParser, "parse_args", stop)
             patch.setattr(sys, "argv", [script, *flags])
             module.main()
@@ -45,40 +71,45 @@ def parsed(monkeypatch):
     return parse
 
 
-def commands():
+def commands(pages=PAGES):
     """Every call of a script of this repo: whole lines of the blocks, and inline code."""
-    lines = [part for line in CODE.split("\n") if not line.startswith("#")
-             for part in line.split("&&")]
-    for line in lines + INLINE:
-        found = re.search(r"(?:^|\s)((?:results/|tests/)?\w+\.py)(?=\s|$)(.*)", line)
-        if found and found[1] in SCRIPTS + ["results/figures.py", "results/notebooks.py"]:
-            yield found[1], found[2]
+    for page in pages:
+        lines = [part for line in code(PAGES[page]).split("\n") if not line.startswith("#")
+                 for part in line.split("&&")]
+        for line in lines + inline(PAGES[page]):
+            found = re.search(r"(?:^|\s)((?:results/|tests/)?\w+\.py)(?=\s|$)(.*)", line)
+            if found and found[1] in SCRIPTS + OTHERS:
+                yield found[1], found[2]
 
 
 def test_there_is_something_to_check():
-    assert len(set(commands())) >= 15 and {script for script, _ in commands()} >= set(SCRIPTS)
+    assert len(set(commands(["README.md"]))) >= 15
+    assert {script for script, _ in commands(["README.md"])} >= set(SCRIPTS)
+    assert len(set(commands())) >= 30 and len(REPORTS) == 6
 
 
 @pytest.mark.parametrize("script, flags", sorted(set(commands())))
 def test_a_command_parses(script, flags, parsed, capsys):
-    namespace, _ = parsed(script, shlex.split(flags))
+    # a capital S stands for a seed: `05_train_maniskill.py --seed S`
+    namespace, _ = parsed(script, shlex.split(re.sub(r"--seed S\b", "--seed 0", flags)))
     assert namespace is not None
 
 
 def test_a_wrong_flag_would_be_noticed(parsed, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as told:
         parsed("03_step_loss.py", ["--no-such-flag"])
+    assert told.value.code == 2
 
 
 def test_flags_named_alone_exist(parsed):
-    """`--labels grouped` in a sentence: some script has that flag, and takes that value."""
+    """`--target endpoint` in a sentence: some script has that flag."""
     parsers = [parsed(script, [])[1] for script in SCRIPTS]
-    named = [code for code in INLINE if code.startswith("--")]
+    known = {flag for parser in parsers for flag in parser._option_string_actions}
+    named = [piece for piece in INLINE if piece.startswith("--")]
     assert len(named) > 20
-    for code in named:
-        for flag in re.findall(r"--[a-z][a-z-]+", code):
-            assert any(flag in p._option_string_actions for p in parsers) or (
-                flag in ("--nproc-per-node", "--help", "--record")), code
+    for piece in named:
+        for flag in re.findall(r"--[a-z][a-z-]+", piece):
+            assert flag in known | {"--nproc-per-node", "--help", "--record"}, piece
 
 
 @pytest.mark.parametrize("first", ["python3 -m venv", ".venv/bin/torchrun"])
@@ -96,8 +127,17 @@ def test_the_other_programs_flags_exist(first):
             assert (ROOT / "requirements.txt").exists() and (ROOT / "tests").is_dir()
 
 
-def links():
-    found = re.findall(r"\]\(([^)\s]+)\)", PROSE) + re.findall(r'(?:src|href)="([^"]+)"', PROSE)
+def test_the_two_commands_of_the_page_are_as_ci_wants_them():
+    """CI runs the second one as it stands: it greps for a line of this form."""
+    install = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
+    lines = code(README).split("\n")
+    for command in (".venv/bin/python 03_step_loss.py", ".venv/bin/python -m pytest -q tests"):
+        assert lines.count(install + command) == 1
+
+
+def links(page="README.md"):
+    text = prose(PAGES[page])
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
     return sorted({link for link in found if not link.startswith("http")})
 
 
@@ -106,45 +146,64 @@ def test_there_are_links_and_pictures():
     assert sum(".py#L" in link for link in links()) >= 10
 
 
-@pytest.mark.parametrize("link", links())
-def test_a_link_leads_somewhere(link):
+@pytest.mark.parametrize("page, link", [(page, link) for page in PAGES for link in links(page)])
+def test_a_link_leads_somewhere(page, link):
     path, _, anchor = link.partition("#")
     if path:
-        assert (ROOT / path).exists()
+        assert (ROOT / page).parent.joinpath(path).exists()
     else:
-        titles = re.findall(r"^#+ (.*)$", PROSE, re.M)
+        titles = re.findall(r"^#+ (.*)$", prose(PAGES[page]), re.M)
         slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
         assert anchor in slugs, slugs
 
 
 def test_a_linked_function_stands_on_the_linked_line():
-    found = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", README)
-    assert len(found) >= 15
-    for name, path, line in found:
-        lines = (ROOT / path).read_text().split("\n")
+    found = [(page, *link) for page, text in PAGES.items()
+             for link in re.findall(tables.LINK, text)]
+    assert len(found) >= 15 and {page for page, *_ in found} > {"README.md"}
+    for page, name, path, line in found:
+        lines = (ROOT / page).parent.joinpath(path).read_text().split("\n")
         assert re.match(rf"\s*(def|class) {name.split('.')[-1]}\b", lines[int(line) - 1]), (
-            f"{name} is not on line {line} of {path}: run results/tables.py")
+            f"{page}: {name} is not on line {line} of {path}: run results/tables.py")
 
 
 def test_functions_named_in_the_exercises_exist():
     """In the exercises a function is named with its file: `mirror` (03)."""
-    named = re.findall(r"`([\w.]+)` \((0\d)\)", README)
+    named = re.findall(r"`([\w.]+)` \((0\d|envs/\w+\.py)\)", README)
     assert len(named) >= 12
-    for name, number in named:
-        path = next(ROOT.glob(f"{number}_*.py"))
+    for name, where in named:
+        path, = ROOT.glob(where if where.endswith(".py") else f"{where}_*.py")
         assert tables.defined_at(path, name)
 
 
-def test_tables_are_those_of_the_csv():
-    assert tables.refresh(README) == README, "run results/tables.py"
+def test_the_page_is_a_page_and_reports_have_their_headings():
+    assert README.count("\n") <= 300
+    for page in REPORTS:
+        titles = re.findall(r"^## (.*)$", prose(PAGES[page]), re.M)
+        assert titles[:3] == ["What was run", "What came out", "What it does not show"], page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
+    for block in re.findall(r"(?:^\|.*\n)+", prose(PAGES[page]), re.M):
+        cells = {line.count("|") for line in block.strip().split("\n")}
+        assert len(cells) == 1, block
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_those_of_the_csv(page):
+    assert tables.refresh(PAGES[page], (ROOT / page).parent) == PAGES[page], "run results/tables.py"
 
 
 def test_result_numbers_by_hand():
     """The same once more, without that script's formatting: SFT and after, row by row."""
-    for folder in ("03_step_loss", "05_train_maniskill"):
+    for folder, page in (("03_step_loss", "results/03_step_loss/README.md"),
+                         ("05_train_maniskill", "README.md"),
+                         ("05_train_maniskill", "results/05_train_maniskill/README.md")):
         for row in tables.read(ROOT / f"results/{folder}/summary.csv"):
             script, flags = row["command"].split(" ", 1)
-            section = README.split(f"| `{script}` with |")[1].split("\n\n")[0]
+            section = PAGES[page].split(f"<!-- table: results/{folder}/summary.csv")[1]
+            section = section.split(f"| `{script}` with |")[1].split("\n\n")[0]
             line, = [text for text in section.split("\n") if text.startswith(f"| `{flags}` |")]
             cells = [part.split()[0] for part in line.split("|")[2:5]]
             sft, after = float(row["sft"]), float(row["stepnft"])
@@ -152,24 +211,108 @@ def test_result_numbers_by_hand():
                 [sft, after, round(100 * (after - sft), 1)])
 
 
+def test_the_mean_of_the_toy_by_hand():
+    rows = tables.read(ROOT / "results/03_step_loss/summary.csv")
+    line = re.search(rf"\| mean of {len(rows)} \|.*", README)[0]
+    cells = [float(part) for part in line.split("|")[2:4]]
+    assert cells == pytest.approx([np.mean([float(row[name]) for row in rows])
+                                   for name in ("sft", "stepnft")], abs=6e-4)
+
+
+def test_ood_numbers_by_hand():
+    """Pooled rates in distribution, and the paired difference to PPO out of it, in the text."""
+    rows = tables.read(ROOT / "results/05_train_maniskill/ood.csv")
+    report = PAGES["results/05_train_maniskill/README.md"]
+    told = []
+    for policy in ("SFT", "ppo", "stepnft"):
+        own = [row for row in rows if (row["policy"], row["axis"]) == (policy, "in-distribution")]
+        won = sum(round(float(row["success"]) * int(row["episodes"])) for row in own)
+        told.append(f"{won / sum(int(row['episodes']) for row in own):.3f}"[1:])
+    assert "SFT {}, PPO {}, π-StepNFT {}".format(*told) in " ".join(README.split())
+    assert "SFT {}, PPO {}, π-StepNFT {}".format(*told) in " ".join(report.split())
+
+    def ood(policy, seed):
+        return np.mean([np.mean([float(row["success"]) for row in rows if (
+            row["policy"], row["seed"], row["axis"]) == (policy, seed, axis)])
+            for axis in ("vision", "semantic", "execution")])
+
+    gains = [100 * (ood("stepnft", seed) - ood("ppo", seed)) for seed in "012"]
+    half = 4.3027 * np.std(gains, ddof=1) / 3**0.5            # t of two degrees of freedom, 0.975
+    for text in (README, report):
+        assert f"{np.mean(gains):+.1f} ± {half:.1f}" in text
+
+
 def test_a_changed_number_would_be_noticed():
     number = re.search(r"\| 0\.\d{3} ", README)[0]
     assert tables.refresh(README.replace(number, "| 0.999 ", 1)) == README
 
 
+def test_a_changed_line_number_would_be_noticed():
+    page = "results/04_train_libero/README.md"
+    moved = re.sub(r"\.py#L\d+", ".py#L1", PAGES[page])
+    assert moved != PAGES[page] == tables.refresh(moved, (ROOT / page).parent)
+
+
 def test_the_readme_cites_no_file_that_is_missing():
-    for code in INLINE:
-        if code.startswith("results/"):
-            assert list(ROOT.glob(code.split()[0])), code
+    for piece in INLINE:
+        if piece.startswith("results/"):
+            assert list(ROOT.glob(piece.split()[0])), piece
+    for page in REPORTS:  # a report names the files beside it
+        for piece in inline(PAGES[page]):
+            if re.fullmatch(r"[\w*.]+\.(csv|png|npz)", piece) and piece not in (
+                    "log.csv", "test.csv"):
+                assert list((ROOT / page).parent.glob(piece)), (page, piece)
 
 
 def test_one_command_draws_every_figure_of_the_readme(tmp_path, monkeypatch, capsys):
-    drawn = {link for link in links() if link.startswith("results/figures/")}
+    drawn = {(ROOT / page).parent.joinpath(link).resolve() for page in PAGES for link in links(page)
+             if "figures/" in link and link.endswith(".png")}
     monkeypatch.setattr(figures, "DRAWN", tmp_path)
     monkeypatch.setattr(sys, "argv", ["figures.py"])
     figures.main()
-    assert drawn and drawn <= {f"results/figures/{path.name}" for path in tmp_path.glob("*.png")}
-    assert all((ROOT / link).exists() for link in drawn)
+    assert drawn and {path.name for path in drawn} <= {path.name for path in tmp_path.glob("*.png")}
+    assert all(path.exists() for path in drawn)
+
+
+# ------------------------------------------------------------------------------------------------
+# The blocks of Python: they run as they stand
+
+
+def test_the_block_that_loads_a_policy_runs(tmp_path, monkeypatch):
+    block, _ = PYTHON
+    policy = robot.RobotPolicy(2, 7, state_dim=18, width=8)
+    monkeypatch.chdir(tmp_path)
+    Path("runs/04_train_libero").mkdir(parents=True)
+    robot.save(Path("runs/04_train_libero/last.pt"), policy, argparse.Namespace(flags={}))
+    names = {}
+    exec(block, names)
+    assert names["actions"].shape == (1, 2, 7) and names["x_0"].shape == (1, 2, 7)
+    torch.testing.assert_close(names["policy"].state_dict(), policy.state_dict())
+
+
+def test_the_block_that_brings_a_world_trains_in_it(tmp_path, monkeypatch, capsys):
+    """Two processes, two short iterations: each may play any episode, and the log says so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", "my_world.py --num-envs 2 --iterations 2 --episodes 16 "
+                        "--sft-steps 30 --eval-every 2 --eval-episodes 8".split())
+    names = {"__name__": "__main__"}
+    try:
+        exec(PYTHON[1], names)
+    finally:
+        if "world" in names:
+            names["world"].close()
+    log = tables.read("runs/my_world/log.csv")
+    assert [row["episodes"] for row in log] == ["16", "32"]
+    assert Path("runs/my_world/last.pt").exists()
+    assert all(0 < float(row["grad_norm"]) < 1e3 for row in log)
+    demos = names["demos"]
+    assert demos["chunk"].shape == (len(demos["episode"]), 4, 2)
+    assert set(demos["episode"].tolist()) == {0, 1, 2}
+    started = names["Reach"]()
+    for seed in (5, 6, 5):
+        started.reset(seed)
+    assert np.array_equal(started.observe()["state"],  # a seed is an episode, whatever came before
+                          np.random.default_rng(5).uniform(-1, 1, 2).astype(np.float32))
 
 
 def test_the_ood_bars_average_over_variants_and_axes(tmp_path, monkeypatch, capsys):
