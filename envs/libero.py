@@ -176,6 +176,33 @@ def without_textures():
         re.sub(r'<texture [^>]*/>| texture="[^"]*"', "", xml)))
 
 
+@functools.cache
+def osc_pose():
+    """LIBERO's controller (operational space control, Khatib 1987), compiled by numba in one piece;
+    robosuite compiles its parts. The order of operations is robosuite's, so are all the bits."""
+    import numba
+    from robosuite.utils.control_utils import (nullspace_torques, opspace_matrices,
+                                               orientation_error)
+
+    # J (6, nv) Jacobian, M (nv, nv) mass matrix; joints: the arm's seven among the nv velocities
+    @numba.njit
+    def torques(J, M, joints, pos, rot, qvel, bias, q, q_rest, goal_pos, goal_rot, kp, kd):
+        vel, spin = J[:3].dot(qvel), J[3:].dot(qvel)
+        # columns first in memory like robosuite's, or products differ in the last bit
+        J, M = np.asfortranarray(J[:, joints]), np.asfortranarray(M[joints][:, joints])
+        J_pos, J_rot = np.asfortranarray(J[:3]), np.asfortranarray(J[3:])
+        force = kp[:3] * (goal_pos - pos) - kd[:3] * vel
+        twist = kp[3:] * orientation_error(goal_rot, rot) - kd[3:] * spin
+        # torque = J^T (mass_pos force, mass_rot twist) + bias (gravity, Coriolis)
+        #          + a pull to the rest posture that does not move the hand (nullspace)
+        _, mass_pos, mass_rot, null = opspace_matrices(M, J, J_pos, J_rot)
+        wrench = np.concatenate((mass_pos.dot(force), mass_rot.dot(twist)))
+        rest = nullspace_torques(M, null, q_rest, q, qvel[joints])
+        return J.T.dot(wrench) + bias[joints] + rest
+
+    return torques
+
+
 def heading(name, rot, hand_rot):
     """Which way the fingers should close on an object, seen from the hand: (cos 2a, sin 2a).
 
@@ -246,7 +273,7 @@ class LiberoSim:
         np.random.set_state(generator)
         self.controller = self.robot.controller  # a new one
         self.controller.initial_joint = np.array(self.robot.init_qpos)  # it leans to this posture
-        self.controller.update = lambda: None  # see_arm, in its place, is called where it is needed
+        self.controller.update, self.controller.run_controller = self.see_hand, self.torques
 
     def reset(self, number):
         """0-49: official initial states; 1000 and more: random placements. Then settle."""
@@ -262,24 +289,23 @@ class LiberoSim:
             self.env.sim.set_state_from_flattened(self.init_states[number])
         self.mj.mj_forward(self.model, self.data)
         self.gripper.current_action = np.zeros(2)  # the gripper integrates its commands
-        self.see_arm()
+        self.see_hand()
         self.controller.reset_goal()  # else the last episode's rotation goal pulls the arm away
         for _ in range(10):
             self.advance(NO_OP)
 
-    def see_arm(self):
-        """What the controller's own update() reads, without the forward passes that it makes."""
-        c, m, d = self.controller, self.model, self.data
+    def see_hand(self):
+        """In place of the controller's update(): the hand's pose, from which set_goal counts."""
+        self.controller.ee_pos, self.controller.ee_ori_mat = map(np.copy, self.hand)
+
+    def torques(self):
+        """In place of run_controller(): joint torques (7,) that pull the hand to the goal."""
+        c, m, d, (pos, rot) = self.controller, self.model, self.data, self.hand
         J, M = np.empty((6, m.nv)), np.empty((m.nv, m.nv))  # Jacobian, mass matrix
         self.mj.mj_jacSite(m, d, J[:3], J[3:], self.site)
         self.mj.mj_fullM(m, d, M)
-        arm = c.qvel_index                                  # the arm's 7 among the nv velocities
-        c.ee_pos, c.ee_ori_mat = map(np.copy, self.hand)
-        c.ee_pos_vel, c.ee_ori_vel = J[:3].dot(d.qvel), J[3:].dot(d.qvel)
-        c.joint_pos, c.joint_vel = d.qpos[c.qpos_index], d.qvel[arm]
-        # picked one by one they lie in memory as robosuite's do, else the last bit may differ
-        c.J_pos, c.J_ori, c.J_full = J[:3][:, arm], J[3:][:, arm], J[:, arm]
-        c.mass_matrix = M[arm][:, arm]
+        return osc_pose()(J, M, np.array(c.qvel_index), pos, rot, d.qvel, d.qfrc_bias,
+                          d.qpos[c.qpos_index], c.initial_joint, c.goal_pos, c.goal_ori, c.kp, c.kd)
 
     def advance(self, action):
         """One control step, 1/20 s, 25 physics steps; True at success. Bit for bit env.step(), but
@@ -287,10 +313,9 @@ class LiberoSim:
         action = np.asarray(action, dtype=float)
         for i in range(int(self.env.control_timestep / self.env.model_timestep)):
             self.mj.mj_step1(self.model, self.data)  # kinematics and bias forces
-            self.see_arm()
             if i == 0:
                 self.controller.set_goal(action[:6])
-            self.robot.control(action)  # operational space control (Khatib 1987) and fingers
+            self.robot.control(action)  # torques, and the fingers
             self.mj.mj_step2(self.model, self.data)  # contacts and integration
         return bool(self.env._check_success())
 

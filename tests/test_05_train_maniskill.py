@@ -464,7 +464,7 @@ def test_a_run_on_the_simulator_resumes_and_evaluates(shared, tmp_path, monkeypa
 def test_the_ood_table_has_a_row_with_its_interval_for_each_variant(shared, tmp_path):
     args = parse("--task", "PutOnPad-v1", "--max-steps", 4, "--device", "cpu", "--test-episodes", 2,
                  "--out", tmp_path)
-    robot.save(tmp_path / "p.pt", mani.make_policy(args, [0, 1, 2, 3]),
+    robot.save(tmp_path / "p.pt", mani.make_policy(args),
                SimpleNamespace(flags=args.flags))
     _, out = ran("--eval-only", tmp_path / "p.pt", "--eval-ood", "--ood-episodes", 2, "--num-envs",
                  1, "--out", tmp_path / "new")

@@ -151,7 +151,7 @@ def test_advance_equals_liberos_own_step(soup):
     soup.reset(5)
     assert np.array_equal(soup.env.sim.get_state().flatten(), start)
     assert np.array_equal(soup.gripper.current_action, grip)
-    del soup.controller.update  # robosuite's own again
+    del soup.controller.update, soup.controller.run_controller  # robosuite's own again
     soup.controller.new_update = True
     for action in actions:
         soup.env.step(action)
@@ -225,7 +225,7 @@ def test_a_worker_plays_what_is_played_here_and_its_death_is_one_line(soup):
 # Images
 
 
-# What LIBERO's scripts/create_dataset.py does with an episode, in a process without our code: states
+# What LIBERO's scripts/create_dataset.py does with an episode, without any of our code: states
 # before each action, what env.step returned after it, and the first five steps are left out.
 RECORD = """
 import json, os, sys

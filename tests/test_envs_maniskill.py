@@ -346,7 +346,8 @@ def test_images_show_the_scene_and_the_variants_change_them(renderer, pads, tmp_
 
 def colours(simulator):
     """(6, 3): what each thing is painted with."""
-    return np.array([simulator.materials(thing)[0].base_color[:3] for thing in simulator.env.things])
+    things = simulator.env.things
+    return np.array([simulator.materials(thing)[0].base_color[:3] for thing in things])
 
 
 def check_images(renderer, actions, folder):

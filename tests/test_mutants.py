@@ -132,7 +132,8 @@ MUTANTS = {
         ("policy.denormalise(x_0)", "x_0"),                                # acts in flow units
         ("policy), num_steps)", "policy), 4)"),                            # deaf to num_steps
         ("torch.manual_seed(0)", "pass"),                                  # other noise every time
-        ("with torch.random.fork_rng():", "if True:"),                     # resets the caller's
+        ("with torch.random.fork_rng(range(torch.cuda.device_count())):",
+         "if True:"),                                                     # resets the caller's
         ("seeds)[0]", "seeds)[0][::-1]"),                                  # mixes up episodes
     ],
     (flow, "GapWorld.play", PLAY_TESTS): [
@@ -265,7 +266,7 @@ MUTANTS = {
         ("(v_theta - v_old).pow(2)", "(v_pos - v_old).pow(2)"),            # clipped, beta in it
         ("margin, count = y *", "margin, count = 1 *"),                    # deaf to y
         ("drift > max_drift", "drift < max_drift"),                        # the others
-        ("(value * mask).sum() / count", "value.float().mean()"),                  # metrics of the masked
+        ("(value * mask).sum() / count", "value.float().mean()"),  # metrics of the masked
     ],
     (loss, "executed_mean", (t3.test_the_executed_mean_is_the_slow_one, *LOSS_TESTS)): [
         ("(values * mask).sum(-1)", "values.sum(-1)"),                     # mask ignored
