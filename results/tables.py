@@ -160,8 +160,10 @@ def axes_table(rows):
              for policy in policies]
     for before, after in (("SFT", "ppo"), ("SFT", "stepnft"), ("ppo", "stepnft")):
         gains = np.array([100 * (rates(after, seed) - rates(before, seed)) for seed in seeds])
-        cells.append([" - ".join(figures.NAMES.get(name, name) for name in (after, before)), *(
-            f"{values.mean():+.1f} ± {ablations.half_interval(values):.1f}" for values in gains.T)])
+        shown = [f"{points.mean():+.1f} ± {ablations.half_interval(points):.1f}"
+                 for points in gains.T]
+        names = " - ".join(figures.NAMES.get(name, name) for name in (after, before))
+        cells.append([names, *shown])
     return cells
 
 
