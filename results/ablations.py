@@ -1,9 +1,11 @@
 """Every ablation of the paper on the toy world: what changes when one choice of 03 is another?
 
-A variant is a small function in the place of one of 03's, or another number. Seeds run in parallel,
-each writes its row of the csv as it comes, and rows that are there are not repeated: after Ctrl-C
-the same command goes on. The paper's world is LIBERO, ours a point robot: compare the order within
-a figure, not the numbers.
+A variant is a small function in the place of one of 03's, or another number. Each is tuned, then
+played on eight other seeds: see study.py, which also goes on after Ctrl-C. The paper's world is
+LIBERO, ours a point robot: compare the order within a figure, not the numbers.
+
+--phase asks the title's question instead: does wider noise need the finer target? Next step, its
+mean and endpoint, each in six widths of noise and each tuned for every width.
 
 Why ranking and weighted MSE tie: with e = x_next - mean(v_old), d = beta * (the mean's shift from
 v_old to v_theta) and var the step's variance (var_eps left out),
@@ -16,34 +18,32 @@ averaged over the step's noise, weighted = 2 x ranking + a constant: the penalty
 weighted MSE shows openly, ranking has in its curvature. (Terms odd in delta: exactly 2 x, at any
 delta.) Adam forgets the factor.
 
-Run:     python results/ablations.py               (184 runs, about 15 s each on one core)
+Run:     python results/ablations.py               (322 runs, about 10 s each on one core)
+         python results/ablations.py --phase       (540 runs)
          python results/ablations.py default loss-weighted --seeds 3 --lr 3e-4
          python results/ablations.py --list        (the names, with the paper's numbers)
-Saves:   results/ablations/{ablations.csv, ablations.png}
+Saves:   results/ablations/{ablations.csv, ablations_tuning.csv, ablations.png}, or
+         {phase.csv, phase_tuning.csv}
 """
 
 import argparse
 import contextlib
 import copy
-import csv
 import functools
 import importlib
 import io
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-flow, sde, nft = map(importlib.import_module, ("01_flow_policy", "02_sde_sampler", "03_step_loss"))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+flow, sde, nft, study = map(importlib.import_module, (
+    "01_flow_policy", "02_sde_sampler", "03_step_loss", "study"))
 
 # ------------------------------------------------------------------------------------------------
 # Other rollouts, in the place of 03's `explore`
@@ -175,26 +175,22 @@ FIGURES = {
     "EMA": dict.fromkeys(("default", "ema-0.1", "ema-0.9")),
     "beyond": dict.fromkeys(("default", "all-steps", "labels-grouped", "labels-centred")),
 }
+# The title as a picture: --phase plays every target in every width of noise
+TARGETS, NOISE_LEVELS = list(ERRORS), (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
+EMAS = ("0.1 0.1", "0.1 0.995", "0.9 0.9", "0.9 0.995")   # START END, as --ema of 03 takes them
 TEST_EPISODES = 1000
-COLUMNS = ("figure variant target loss rollout ema lr noise_level seed iterations episodes sft "
-           "after test_episodes commit command hardware seconds").split()
-KEY = ("variant", "seed", "lr", "iterations", "episodes", "noise_level")   # names a run in the csv
-
-
-def make_jobs(names, seeds, lr, iterations, episodes, noise_level):
-    """The runs of some variants: dicts with the entries of KEY. A variant may set its noise."""
-    return [dict(variant=name, seed=seed, lr=lr, iterations=iterations, episodes=episodes,
-                 noise_level=VARIANTS[name].get("noise_level", noise_level))
-            for seed in seeds for name in names]
 
 
 def settings(job):
     """A job -> all that `train` needs: the flags of 03, and four choices that 03 does not have."""
     parser = flow.Parser(__doc__)
     nft.add_method_flags(parser)
-    return argparse.Namespace(**{**vars(parser.parse_args([])), "rollout": "sde", "loss": "ranking",
-                                 "all_steps": False, "centred": False,
-                                 **VARIANTS[job["variant"]], **job})
+    args = argparse.Namespace(**{**vars(parser.parse_args([])), "rollout": "sde",
+                                 "loss": "ranking", "all_steps": False, "centred": False,
+                                 **VARIANTS[job.get("variant", "default")], **job})
+    if isinstance(args.ema, str):
+        args.ema = [float(part) for part in args.ema.split()]
+    return args
 
 
 def train(args):
@@ -221,106 +217,100 @@ def train(args):
 
 
 def run(job):
-    """A job -> its row of the csv. It may be in a worker process, so it prints nothing."""
+    """A job -> the rest of its row. It may be in a worker process, so it prints nothing."""
     args, start = settings(job), time.time()
     with contextlib.redirect_stdout(io.StringIO()):
         sft, after = train(args)
-    command = (f"results/ablations.py {args.variant} --seeds 1 --first-seed {args.seed} "
-               f"--lr {args.lr} --iterations {args.iterations} --episodes {args.episodes} "
-               f"--noise-level {args.noise_level}")
-    row = {**vars(args), "ema": "{} {}".format(*args.ema), "sft": sft, "after": after,
-           "figure": next(f for f, variants in FIGURES.items() if args.variant in variants),
-           "test_episodes": TEST_EPISODES, "commit": commit(), "command": command,
-           "hardware": f"1 of {os.cpu_count()} CPU cores", "seconds": round(time.time() - start)}
-    return {name: str(row[name]) for name in COLUMNS}
-
-
-def commit():
-    """The commit the numbers come from, -dirty where files differ from it; empty without git."""
-    failed, text = subprocess.getstatusoutput(f"git -C '{ROOT}' describe --always --dirty")
-    return "" if failed else text
+    what = job.get("variant") or f"--phase --targets {args.target} --ema '{job['ema']}'"
+    return {"sft": sft, "after": after, "test_episodes": TEST_EPISODES,
+            "seconds": round(time.time() - start), **study.origin(
+                f"results/ablations.py {what} --seeds 1 --first-seed {args.seed} --lr {args.lr:g} "
+                f"--iterations {args.iterations} --episodes {args.episodes} "
+                f"--noise-level{'s' * ('variant' not in job)} {args.noise_level:g}")}
 
 
 # ------------------------------------------------------------------------------------------------
-# Many runs: in parallel, one csv, a table, a figure
+# Tables and the figure
 
 
-def key(row):
-    """What names a run, of a job or of a row of the csv."""
-    return (row["variant"], *(float(row[name]) for name in KEY[1:]))
-
-
-def read(path):
-    """The csv as a list of dicts; no file, no rows."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def calm():
-    """A worker process: one thread, and Ctrl-C is its parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-
-
-def collect(jobs, path, workers):
-    """Runs the jobs that the csv does not have, and adds their rows to it as they come."""
-    done = {key(row) for row in read(path)}
-    todo = [job for job in jobs if key(job) not in done]
-    try:
-        for seed in {job["seed"]: 0 for job in todo}:
-            flow.toy_policy(seed)  # SFT once, before several workers need it
-        with contextlib.ExitStack() as stack:
-            run_all = map
-            if workers > 1 and len(todo) > 1:
-                spawn = torch.multiprocessing.get_context("spawn")
-                pool = stack.enter_context(spawn.Pool(min(workers, len(todo)), calm))
-                run_all = pool.imap_unordered
-            for row in tqdm(run_all(run, todo), total=len(todo), desc="runs", disable=None):
-                nft.log_row(path, row)
-    except KeyboardInterrupt:
-        print(f"stopped: the same command goes on with {path}")
-
-
-def half_interval(values):
-    """Half of the 95 % t-interval of a mean; nan for a single value."""
-    return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else np.nan
+def by_seed(rows, **wanted):
+    """{seed: success} of the rows with these entries."""
+    return {row["seed"]: float(row["after"]) for row in rows
+            if all(row[name] == study.text(value) for name, value in wanted.items())}
 
 
 def summarise(rows):
-    """Rows of runs that differ in variant and seed alone -> a dict for each line of the table.
+    """Rows of runs, the variants at the learning rate they were tuned to -> a dict for each line.
 
-    gain: difference to the first variant of the figure, paired by seed. half, gain_half: of the
-    95 % t-intervals over seeds.
+    gain: difference to the first variant of the figure, paired by seed, with its 95 % t-interval
+    low, high; half: that of the mean. verdict: does the interval say what the paper's numbers say?
     """
-    after, table = {name: {} for name in VARIANTS}, []
-    for row in rows:
-        after[row["variant"]][row["seed"]] = float(row["after"])
-    sft = {row["seed"]: float(row["sft"]) for row in rows}
+    table, sft = [], {row["seed"]: float(row["sft"]) for row in rows}
     for figure, variants in FIGURES.items():
-        first, shown = next(iter(variants)), {row["variant"] for row in table}
-        names = [name for name in variants if after[name]]
+        first = next(iter(variants))
+        shown = {row["variant"] for row in table}
+        names = [name for name in variants if by_seed(rows, variant=name)]
         for name in names if set(names) - shown else []:  # not the comparison's basis alone
-            values = list(after[name].values())
-            gains = [value - after[first][seed] for seed, value in after[name].items()
-                     if name != first and seed in after[first]]
-            table.append({"figure": figure, "variant": name, "seeds": len(values), "values": values,
-                          "sft": np.mean([sft[seed] for seed in after[name]]),
-                          "after": np.mean(values), "half": half_interval(values),
-                          "gain": np.mean(gains) if gains else np.nan,
-                          "gain_half": half_interval(gains), "paper": variants[name]})
+            after, base = (by_seed(rows, variant=v) for v in (name, first))
+            own = {s: v for s, v in after.items() if s in base} if name != first else {}
+            gain, low, high = study.difference(own, base) if own else [np.nan] * 3
+            said = None if variants[name] is None else variants[name] - (variants[first] or 0)
+            verdict = "" if name == first or not said or np.isnan(low) else (
+                "not shown" if low <= 0 <= high else "shown" if low * said > 0 else "contradicted")
+            table.append({"figure": figure, "variant": name, "seeds": len(after),
+                          "lr": next(r["lr"] for r in rows if r["variant"] == name),
+                          "values": list(after.values()), "paper": variants[name],
+                          "sft": np.mean([sft[seed] for seed in after]),
+                          "after": np.mean(list(after.values())),
+                          "half": study.half_interval(list(after.values())),
+                          "gain": gain, "low": low, "high": high, "verdict": verdict})
     return table
+
+
+def number(value, form=".3f"):
+    return "-" if value is None or np.isnan(value) else f"{value:{form}}"
 
 
 def show(table):
     """The table as text; gain is the paired difference to the first line of a figure."""
-    print(f"{'figure':<14} {'variant':<24} {'seeds':>5} {'SFT':>6} {'after':>6} {'95 %':>6} "
-          f"{'gain':>6} {'95 %':>6} {'paper':>6}")
+    print(f"{'figure':<14} {'variant':<24} {'lr':>6} {'seeds':>5} {'SFT':>6} {'after':>6} "
+          f"{'95 %':>6} {'gain':>7} {'low':>7} {'high':>7} {'paper':>6} verdict")
     for row in table:
-        cells = [row[name] for name in ("sft", "after", "half", "gain", "gain_half", "paper")]
-        print(f"{row['figure']:<14} {row['variant']:<24} {row['seeds']:5d}", *(
-            f"{'-':>6}" if cell is None or np.isnan(cell) else f"{cell:6.3f}" for cell in cells))
+        rates = " ".join(f"{number(row[name]):>6}" for name in ("sft", "after", "half"))
+        gains = " ".join(f"{number(row[name], '+.3f'):>7}" for name in ("gain", "low", "high"))
+        print(f"{row['figure']:<14} {row['variant']:<24} {row['lr']:>6} {row['seeds']:5d} {rates} "
+              f"{gains} {number(row['paper']):>6} {row['verdict']}")
+
+
+def phase_table(rows):
+    """Rows of --phase -> a dict for each noise level and target: settings, mean and half of the
+    95 % interval; gain, low, high: next step minus this target, paired by seed."""
+    table = []
+    for noise in dict.fromkeys(row["noise_level"] for row in rows):
+        base = by_seed(rows, noise_level=noise, target="next")
+        for target in dict.fromkeys(row["target"] for row in rows):
+            own = [r for r in rows if (r["noise_level"], r["target"]) == (noise, target)]
+            if not own:
+                continue
+            after = by_seed(own)
+            gain = study.difference(base, after) if target != "next" and base else [np.nan] * 3
+            table.append({"noise_level": noise, "target": target, "ema": own[0]["ema"],
+                          "lr": own[0]["lr"], "seeds": len(after),
+                          "sft": np.mean([float(r["sft"]) for r in own]),
+                          "after": np.mean(list(after.values())),
+                          "half": study.half_interval(list(after.values())),
+                          **dict(zip(("gain", "low", "high"), gain))})
+    return table
+
+
+def show_phase(table):
+    print(f"{'noise':>5} {'target':<10} {'EMA':<10} {'lr':>6} {'seeds':>5} {'SFT':>6} {'after':>6} "
+          f"{'95 %':>6}   next step minus this, paired")
+    for row in table:
+        rates = " ".join(f"{number(row[name]):>6}" for name in ("sft", "after", "half"))
+        gains = " ".join(f"{number(row[name], '+.3f'):>7}" for name in ("gain", "low", "high"))
+        print(f"{row['noise_level']:>5} {row['target']:<10} {row['ema']:<10} {row['lr']:>6} "
+              f"{row['seeds']:5d} {rates} {gains}")
 
 
 def draw(table, path):
@@ -346,6 +336,10 @@ def draw(table, path):
     fig.savefig(path, dpi=120)
 
 
+# ------------------------------------------------------------------------------------------------
+# Flags and main
+
+
 def variant(text):
     """The type of a name: one of VARIANTS."""
     if text not in VARIANTS:
@@ -353,44 +347,72 @@ def variant(text):
     return text
 
 
-def main():
-    parser, start = flow.Parser(__doc__), time.time()
-    add = parser.add_argument
+def parse_args():
+    parser = flow.Parser(__doc__)
+    add, positive = parser.add_argument, flow.positive_float
     add("names", nargs="*", type=variant, default=list(VARIANTS), metavar="NAME", help="variants")
     add("--list", action="store_true", help="print names and the paper's numbers, and stop")
+    add("--phase", action="store_true",
+        help="instead of variants: every target in every width of noise, each tuned")
     add("--seeds", type=flow.positive_int, default=8, help="how many seeds")
     add("--first-seed", type=flow.natural, default=0, help="seed of SFT, rollouts and updates")
-    add("--lr", type=flow.positive_float, default=1e-3, help="Adam's learning rate")
+    add("--lr", type=positive, nargs="+", help="Adam's learning rates to tune with; one: no tuning "
+        "(default 3e-4 1e-3, with --phase also 1e-4)")
+    add("--ema", nargs="+", default=EMAS, choices=EMAS, help="--phase: old policies to tune with")
+    add("--targets", nargs="+", default=TARGETS, choices=TARGETS, help="--phase: which of them")
+    add("--noise-levels", type=positive, nargs="+", default=NOISE_LEVELS, help="--phase: widths")
+    add("--noise-level", type=positive, default=0.2, help="a, where none is ablated")
     add("--iterations", type=flow.positive_int, default=160, help="RL iterations")
     add("--episodes", type=flow.positive_int, default=512, help="episodes per iteration")
-    add("--noise-level", type=flow.positive_float, default=0.2, help="a, where none is ablated")
     add("--jobs", type=flow.positive_int, default=len(os.sched_getaffinity(0)),
         help="runs at a time, one core each")
-    add("--out", type=Path, default="results/ablations", help="folder of table and figure")
+    add("--out", type=Path, default="results/ablations", help="folder of tables and figure")
     args = parser.parse_args()
+    for name in [] if args.phase else args.names:
+        group = VARIANTS[name].get("group_size", 1)
+        if args.episodes % group:
+            parser.error(f"--episodes {args.episodes} is no multiple of {group}, the episodes from "
+                         f"one start in {name}")
+    if args.first_seed + args.seeds > study.ROUNDS[0][0]:
+        parser.error(f"--seeds {args.seeds}: seeds from {study.ROUNDS[0][0]} on are for the tuning")
+    args.lr = args.lr or [1e-4, 3e-4, 1e-3][not args.phase:]
+    if not args.list:
+        parser.make_folder("--out", args.out)
+    return args
+
+
+def main():
+    args, start = parse_args(), time.time()
     if args.list:
         for figure, variants in FIGURES.items():
             for name, paper in variants.items():
                 print(f"{figure:<14} {name:<24} {'-' if paper is None else paper}")
         return
-    for name in args.names:
-        group = VARIANTS[name].get("group_size", 1)
-        if args.episodes % group:
-            parser.error(f"--episodes {args.episodes} is no multiple of {group}, the episodes from "
-                         f"one start in {name}")
-    parser.make_folder("--out", args.out)
+    size = {"iterations": args.iterations, "episodes": args.episodes}
+    if args.phase:
+        arms = [{"target": target, "noise_level": a, **size}
+                for a in args.noise_levels for target in args.targets]
+        grid = [{"ema": ema, "lr": lr} for ema in args.ema for lr in args.lr]
+    else:
+        arms = [{"variant": name, **size, "noise_level": VARIANTS[name].get(
+            "noise_level", args.noise_level)} for name in args.names]
+        grid = [{"lr": lr} for lr in args.lr]
     torch.set_num_threads(1)  # on nets this small, threads only wait for each other
-    path, seeds = args.out / "ablations.csv", range(args.first_seed, args.first_seed + args.seeds)
-    size = args.lr, args.iterations, args.episodes, args.noise_level
-    collect(make_jobs(args.names, seeds, *size), path, args.jobs)
-    wanted = {key(job) for job in make_jobs(VARIANTS, seeds, *size)}  # rows of before, too
-    rows = [row for row in read(path) if key(row) in wanted]
-    if rows:
-        table = summarise(rows)
-        show(table)
-        draw(table, args.out / "ablations.png")
-        print(f"saved {path} and ablations.png")
-    print(f"RESULT variants={len({row['variant'] for row in rows})} runs={len(rows)} "
+    name, seeds = "phase" if args.phase else "ablations", range(
+        args.first_seed, args.first_seed + args.seeds)
+    for seed in [*seeds, *(s for played in study.ROUNDS for s in played if len(grid) > 1)]:
+        flow.toy_policy(seed)  # SFT once, before several workers need it
+    best = grid * len(arms) if len(grid) == 1 else study.tune(
+        arms, grid, run, args.out / f"{name}_tuning.csv", args.jobs)
+    jobs = [{**arm, **setting, "seed": seed} for seed in seeds for arm, setting in zip(arms, best)]
+    study.collect(jobs, run, args.out / f"{name}.csv", args.jobs)
+    rows = study.rows_of(jobs, args.out / f"{name}.csv")
+    if args.phase:
+        show_phase(phase_table(rows))
+    else:
+        show(summarise(rows))
+        draw(summarise(rows), args.out / "ablations.png")
+    print(f"RESULT arms={len(arms)} runs={len(rows)} saved={args.out}/{name}.csv "
           f"seconds={time.time() - start:.0f}")
 
 

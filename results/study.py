@@ -1,0 +1,125 @@
+"""A study: one function run for many jobs, a row of a csv for each, tuned before it is reported.
+
+A job is a dict of settings, run(job) -> a dict of results; both together are the row. A job whose
+row is there is not run again, so a study that was killed goes on with the same command.
+
+    collect(jobs, run, path)                   runs what is missing, several at a time
+    best = tune(arms, grid, run, path)         for each arm the setting of the grid to report with
+
+Every arm is tuned alike, by halving, on seeds that no reported number uses: the whole grid plays
+seed 100, the better half of it also 101, the better half of that also 102 and 103 (never fewer than
+three settings), and the best mean over the four seeds wins. The csv keeps all of it.
+"""
+
+import contextlib
+import csv
+import functools
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+nft = importlib.import_module("03_step_loss")
+
+ROUNDS = ((100,), (101,), (102, 103))   # seeds of the tuning; reported ones are below 100
+
+
+def text(value):
+    """A setting as the csv holds it: 0.001, "0.1 0.995", next."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(text(part) for part in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def key(job):
+    return tuple(sorted((name, text(value)) for name, value in job.items()))
+
+
+def read(path):
+    """The csv as a list of dicts of strings; no file, no rows."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def rows_of(jobs, path):
+    """Those rows of the csv that belong to one of the jobs, which all have the same entries."""
+    wanted = {key(job) for job in jobs}
+    return [row for row in read(path) if key({name: row[name] for name in jobs[0]}) in wanted]
+
+
+def calm():
+    """A worker process: one thread, and Ctrl-C is its parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def answer(run, job):
+    """The row of a job."""
+    return {**{name: text(value) for name, value in job.items()}, **run(job)}
+
+
+def collect(jobs, run, path, workers=1, desc="runs"):
+    """Runs the jobs that the csv does not have; their rows are added to it as they come."""
+    done = {key({name: row[name] for name in jobs[0]}) for row in read(path)} if jobs else set()
+    todo = [job for job in jobs if key(job) not in done]
+    try:
+        with contextlib.ExitStack() as stack:
+            run_all = map
+            if workers > 1 and len(todo) > 1:
+                spawn = torch.multiprocessing.get_context("spawn")
+                pool = stack.enter_context(spawn.Pool(min(workers, len(todo)), calm))
+                run_all = pool.imap_unordered
+            rows = run_all(functools.partial(answer, run), todo)
+            for row in tqdm(rows, total=len(todo), desc=desc, disable=None):
+                nft.log_row(path, row)
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped: the same command goes on with {path}") from None
+
+
+def tune(arms, grid, run, path, workers=1, score="after"):
+    """The setting of the grid that serves each arm best: a dict for each arm, in their order."""
+    left, played = [list(grid) for _ in arms], ()
+    for seeds in ROUNDS:
+        played += seeds
+        collect([{**arm, **setting, "seed": seed} for seed in seeds
+                 for arm, settings in zip(arms, left) for setting in settings],
+                run, path, workers, desc=f"tuning, {len(left[0])} settings an arm")
+
+        def mean(arm, setting):
+            rows = rows_of([{**arm, **setting, "seed": seed} for seed in played], path)
+            return np.mean([float(row[score]) for row in rows])
+
+        left = [sorted(settings, key=lambda setting: -mean(arm, setting))
+                for arm, settings in zip(arms, left)]
+        left = [settings[:max(3, len(grid) // 2 ** len(played))] for settings in left]
+    return [settings[0] for settings in left]
+
+
+def half_interval(values):
+    """Half of the 95 % t-interval of a mean; nan for a single value."""
+    return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else np.nan
+
+
+def difference(after, before):
+    """Two dicts {seed: value} -> (mean, low, high) of after - before, paired by seed: 95 % t."""
+    gains = [after[seed] - before[seed] for seed in after if seed in before]
+    half = half_interval(gains)
+    return np.mean(gains), np.mean(gains) - half, np.mean(gains) + half
+
+
+def origin(command):
+    """The columns that say where a row comes from."""
+    failed, commit = subprocess.getstatusoutput(f"git -C '{ROOT}' describe --always --dirty")
+    return {"commit": "" if failed else commit, "command": command,
+            "hardware": f"1 of {os.cpu_count()} CPU cores"}
