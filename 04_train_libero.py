@@ -55,20 +55,26 @@ class RobotPolicy(flow.FlowPolicy):
     tokens (B, L) uint8, its bytes.
 
     The last 3 * `slots` numbers of the state are positions (m) of things that the sentence may
-    name: it decides which are looked at (05's PutOnPad).
+    name: it decides which are looked at (05's PutOnPad). small_images: 16 x 16 pixels, the same
+    picture in many rows (05's PixelGap).
     """
 
     def __init__(self, horizon, action_dim, state_dim, cameras=0, language=False, slots=0,
-                 width=512, depth=3):
+                 width=512, depth=3, small_images=False):
         config = dict(horizon=horizon, action_dim=action_dim, state_dim=state_dim, cameras=cameras,
-                      language=language, slots=slots, width=width, depth=depth)
+                      language=language, slots=slots, width=width, depth=depth,
+                      small_images=small_images)
         # two numbers for each of 64 feature maps, 64 a sentence, three a head of attention
         context = state_dim - 3 * slots + 128 * cameras + 64 * language + 12 * (slots > 0)
         super().__init__(horizon, action_dim, context, width, depth)
         self.config, self.context_dim = config, context  # config rebuilds it from a checkpoint
         self.cameras, self.language, self.slots = cameras, language, slots
+        self.small_images = small_images
         self.state_centre, self.state_scale = torch.zeros(state_dim), torch.ones(state_dim)
-        if cameras:  # one net, shared by the cameras
+        if small_images:
+            self.image_encoder = nn.Sequential(nn.Conv2d(3, 32, 5), nn.SiLU(),
+                                               nn.Conv2d(32, 64, 3))
+        elif cameras:  # one net, shared by the cameras
             self.image_encoder = nn.Sequential(
                 nn.Conv2d(3, 32, 7, stride=2), nn.SiLU(), nn.Conv2d(32, 32, 3, stride=2),
                 nn.SiLU(), nn.Conv2d(32, 32, 3), nn.SiLU(), nn.Conv2d(32, 64, 3))
@@ -83,11 +89,14 @@ class RobotPolicy(flow.FlowPolicy):
         state = super().encode(obs)                                          # (B, S)
         parts = [state[:, :state.shape[1] - 3 * self.slots]]
         if self.cameras:
-            images = obs["rgb"].flatten(0, 1).float() / 255 - 0.5            # (B*cameras, 3, h, w)
+            images, which = obs["rgb"].flatten(0, 1), slice(None)            # (B*cameras, 3, h, w)
+            if self.small_images:  # an episode's picture does not change: each is encoded once
+                images, which = images.unique(dim=0, return_inverse=True)
+            images = images.float() / 255 - 0.5
             # half precision for the images; the head keeps 32 bits, RL compares close velocities
             with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
                 maps = self.image_encoder(images)                            # (B*cameras, 64, ..)
-            parts.append(spatial_softmax(maps.float()).view(-1, 128 * self.cameras))
+            parts.append(spatial_softmax(maps.float())[which].view(-1, 128 * self.cameras))
         if self.language:
             sentences, which = obs["tokens"].unique(dim=0, return_inverse=True)  # each read once
             letters = self.byte_embedding(sentences.long()).transpose(1, 2)

@@ -23,6 +23,7 @@ Prints:  success of SFT and of every evaluation with its 95 % interval, then RES
 Saves:   runs/05_train_maniskill/{sft.pt, last.pt, log.csv, test.csv, learning.png, videos/}
 """
 
+import functools
 import importlib
 import time
 import warnings
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from envs import maniskill
+from envs import maniskill, pixel_gap
 
 flow, sde, nft, robot = map(importlib.import_module, (
     "01_flow_policy", "02_sde_sampler", "03_step_loss", "04_train_libero"))
@@ -163,7 +164,8 @@ class PPO:
         everyone = robot.gather(y)
         batch["y"] = (y - everyone.mean()) / (everyone.std() + 1e-6)
         return ppo_update(policy, self.critic, optimizer, robot.equal_rows(batch),
-                          epochs=self.args.epochs, minibatch=self.args.minibatch)
+                          epochs=self.args.epochs, minibatch=self.args.minibatch,
+                          target_kl=self.args.target_kl)
 
     def decay(self, iteration):
         return 0.0  # on-policy: the old policy is the trained one
@@ -184,6 +186,8 @@ def make_method(args, policy):
 
 def make_world(args, demo_noise=None, film=None):
     """The simulators. With demo_noise they also observe the expert's action; film: a folder."""
+    if args.task == "PixelGap":
+        return pixel_gap.PixelGap(args.scenes, demos=demo_noise is not None)
     return maniskill.make_workers(
         args.task, min(args.num_envs, args.video) if film else args.num_envs,
         horizon=args.horizon, max_steps=args.max_steps, obs=args.obs,
@@ -192,6 +196,9 @@ def make_world(args, demo_noise=None, film=None):
 
 
 def make_policy(args):
+    if args.task == "PixelGap":
+        return robot.RobotPolicy(args.horizon, action_dim=2, state_dim=2, cameras=1,
+                                 small_images=True, width=128)
     slots = maniskill.slots(args.task)  # things that an instruction may name
     return robot.RobotPolicy(args.horizon, maniskill.ACTION_DIM,
                              maniskill.state_size(args.task, args.obs), width=256,
@@ -206,6 +213,12 @@ def collect_demos(args):
                                 args.num_demos)
 
 
+def starts(args, iteration):
+    """Seeds of an iteration's episodes: group_size neighbours share one."""
+    seeds = flow.episode_seeds("train", args.episodes // args.group_size, args.seed, iteration)
+    return np.repeat(seeds, args.group_size)
+
+
 def log_test(args, policy, axis, variant, success):
     """A row of test.csv, and a line that tells it -> the rate."""
     nft.log_row(args.out / "test.csv", {"policy": policy, "task": args.task, "axis": axis,
@@ -216,8 +229,10 @@ def log_test(args, policy, axis, variant, success):
 def test_ood(policies, args, world):
     """Every policy on every variant, the same seeds each time -> test.csv and a table of axes."""
     rates = {name: {} for name in policies}
-    for axis, variant, changes in maniskill.variants(args.task, args.obs):
-        world.change(changes=changes)
+    pixels = args.task == "PixelGap"
+    for axis, variant, changes in (pixel_gap.VARIANTS if pixels else
+                                   maniskill.variants(args.task, args.obs)):
+        world.change(**(changes if pixels else {"changes": changes}))
         for name, policy in policies.items():
             seeds = flow.episode_seeds("test", args.ood_episodes, iteration=1)
             success = robot.evaluate(policy, world, seeds, args.num_steps)
@@ -252,25 +267,41 @@ def test_all(policies, args, world):
 # ------------------------------------------------------------------------------------------------
 # Flags and main
 
+PIXEL_GAP = dict(num_demos=48, sft_steps=1500, iterations=160, episodes=512, eval_every=20,
+                 eval_episodes=500, test_episodes=1000, ood_episodes=1000, obs="rgb", max_steps=24,
+                 demo_noise=0.0, transitions="one", out="runs/05_pixel_gap")
+
 
 def parse_args(argv=None):
     """All flags, checked; fills in what depends on the task."""
     parser = flow.Parser(__doc__)
-    add, tasks = parser.add_argument, ", ".join(maniskill.TASKS)
-    add("--task", default="PickCube-v1", help=tasks)
+    add = parser.add_argument
+    add("--task", default="PickCube-v1", choices=[*maniskill.TASKS, "PixelGap"],
+        help="of ManiSkill, or the toy world seen through a camera, with defaults of its own")
     add("--obs", default="state", choices=["state", "rgb"],
         help="offsets of objects and goals, or a camera (needs a Vulkan driver); and the hand")
     add("--algo", default="stepnft", choices=["stepnft", "ppo", "grpo"],
         help="the method; PPO with a critic; PPO's objective with the group's mean in its place")
+    add("--target-kl", type=flow.positive_float, default=0.05,
+        help="ppo, grpo: the policy rests once an update has moved it so far")
+    add("--scenes", type=flow.positive_int, default=16, help="PixelGap: how many training has")
     add("--eval-ood", action="store_true", help="also test out of distribution")
     add("--ood-episodes", type=flow.positive_int, default=200, help="episodes of each variant")
     robot.add_run_flags(parser, envs_per_core=2, iterations=18, eval_every=3, test_episodes=400,
                         out="runs/05_train_maniskill", group_size=8, noise_level=0.3,
                         ema=[0.1, 0.5])
+    pixels = parser.parse_known_args(argv)[0].task == "PixelGap"
+    parser.set_defaults(**PIXEL_GAP if pixels else {})
     args = robot.parse_run(parser, argv)
     args.action_repeat = 1
-    maniskill.check_task(args.task)
-    args.max_steps = args.max_steps or maniskill.TASKS[args.task].max_steps
+    if pixels:
+        for name in ("obs", "max_steps", "demo_noise", "num_envs", "video"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} belongs to the simulator: --task "
+                             "PixelGap does not use it")
+    else:
+        maniskill.check_task(args.task)
+        args.max_steps = args.max_steps or maniskill.TASKS[args.task].max_steps
     for name in ("target", "beta", "max_drift", "dpo_beta", "ema", "transitions"):
         if args.algo != "stepnft" and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} belongs to the method: --algo {args.algo} "
@@ -278,7 +309,8 @@ def parse_args(argv=None):
     if args.algo == "grpo" and args.group_size == 1:
         parser.error("--group-size 1: --algo grpo compares the episodes from one start, give 8")
     robot.check_clone(parser, args, make_policy(args))
-    args.renderer = maniskill.find_renderer() if args.obs == "rgb" or args.video else None
+    seen = not pixels and (args.obs == "rgb" or args.video)
+    args.renderer = maniskill.find_renderer() if seen else None
     parser.make_folder("--out", args.out)
     return args
 
@@ -287,7 +319,7 @@ def main():
     warnings.filterwarnings("ignore")  # the simulator's own, about drivers nobody needs here
     args, start = parse_args(), time.time()
     robot.join_ranks(args)
-    torch.set_num_threads(1 if args.obs == "state" else torch.get_num_threads())  # a small net
+    torch.set_num_threads(torch.get_num_threads() if args.renderer else 1)  # a small net
     print(" ".join(f"{k}={v}" for k, v in args.flags.items()), flush=True)
     if args.eval_only:
         policy = robot.load_policy(args.eval_only, args.device)
@@ -297,17 +329,14 @@ def main():
     sft = robot.clone(args, make_policy, collect_demos)
     world = make_world(args)
 
-    def start_seeds(iteration):
-        starts = flow.episode_seeds("train", args.episodes // args.group_size, args.seed, iteration)
-        return np.repeat(starts, args.group_size)
-
     def validate(policy, name):
         seeds = flow.episode_seeds("validation", args.eval_episodes)
         success = robot.evaluate(policy, world, seeds, args.num_steps)
         return robot.report(f"validation, {name}", success)
 
     method = make_method(args, sft)
-    policy, env_steps = robot.train(args, sft, world, method, start_seeds, validate)
+    policy, env_steps = robot.train(args, sft, world, method, functools.partial(starts, args),
+                                    validate)
     policies = {"SFT": sft, args.algo: policy} if args.iterations else {"SFT": sft}
     rates = test_all(policies, args, world)
     print(f"RESULT task={args.task} sft={rates[0]:.3f} {args.algo}={rates[-1]:.3f} "

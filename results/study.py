@@ -1,7 +1,7 @@
 """A study: one function run for many jobs, a row of a csv for each, tuned before it is reported.
 
-A job is a dict of settings, run(job) -> a dict of results; both together are the row. A job whose
-row is there is not run again, so a study that was killed goes on with the same command.
+A job is a dict of settings, run(job) -> a dict of results, or a list of such; both together are a
+row. A job whose row is there is not run again: a killed study goes on with the same command.
 
     collect(jobs, run, path)                   runs what is missing, several at a time
     best = tune(arms, grid, run, path)         for each arm the setting of the grid to report with
@@ -65,8 +65,10 @@ def calm():
 
 
 def answer(run, job):
-    """The row of a job."""
-    return {**{name: text(value) for name, value in job.items()}, **run(job)}
+    """The rows of a job: most have one, some have one for each point of a curve."""
+    results = run(job)
+    return [{**{name: text(value) for name, value in job.items()}, **row}
+            for row in (results if isinstance(results, list) else [results])]
 
 
 def collect(jobs, run, path, workers=1, desc="runs"):
@@ -80,9 +82,10 @@ def collect(jobs, run, path, workers=1, desc="runs"):
                 spawn = torch.multiprocessing.get_context("spawn")
                 pool = stack.enter_context(spawn.Pool(min(workers, len(todo)), calm))
                 run_all = pool.imap_unordered
-            rows = run_all(functools.partial(answer, run), todo)
-            for row in tqdm(rows, total=len(todo), desc=desc, disable=None):
-                nft.log_row(path, row)
+            answers = run_all(functools.partial(answer, run), todo)
+            for rows in tqdm(answers, total=len(todo), desc=desc, disable=None):
+                for row in rows:
+                    nft.log_row(path, row)
     except KeyboardInterrupt:
         raise SystemExit(f"stopped: the same command goes on with {path}") from None
 
