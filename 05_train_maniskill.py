@@ -284,7 +284,7 @@ def parse_args(argv=None):
         help="the method; PPO with a critic; PPO's objective with the group's mean in its place")
     add("--target-kl", type=flow.positive_float, default=0.05,
         help="ppo, grpo: the policy rests once an update has moved it so far")
-    add("--scenes", type=flow.positive_int, default=16, help="PixelGap: how many training has")
+    add("--scenes", type=flow.positive_int, default=64, help="PixelGap: how many training has")
     add("--eval-ood", action="store_true", help="also test out of distribution")
     add("--ood-episodes", type=flow.positive_int, default=200, help="episodes of each variant")
     robot.add_run_flags(parser, envs_per_core=2, iterations=18, eval_every=3, test_episodes=400,

@@ -1,7 +1,7 @@
 """PixelGap: the toy world of 01 seen through a camera, the cheap world for questions about images.
 
 The robot knows where it is; where the gap is, it must see: a picture of 16 x 16 pixels shows the
-wall, white, with its gap, before a background of coloured blocks. Training knows 16 scenes, each a
+wall, white, with its gap, before a background of coloured blocks. Training knows 64 scenes, each a
 texture with a gap of its own, so a network may learn which texture has which gap instead of where
 the wall is open. VARIANTS tell the two apart: unseen textures, unseen gaps, both, and starts that
 are farther out.
@@ -65,7 +65,7 @@ class PixelGap(flow.GapWorld):
     radius = 0.04  # of the robot: its centre must be within `gap` (0.06) of the middle, so the
     # hole that is drawn has a half-width of 0.1; a pixel is 0.125 high
 
-    def __init__(self, scenes=16, demos=False):
+    def __init__(self, scenes=64, demos=False):
         super().__init__()
         self.scenes, self.demos = scenes, demos
         self.change(starts=(0.0, 0.3) if demos else TRAINING)
@@ -88,8 +88,9 @@ class PixelGap(flow.GapWorld):
         if self.gaps == "seen":
             self.gap_y = np.array([gap_of(scene) for scene in scenes])
         backgrounds = map(texture, scenes if self.textures == "seen" else others)
-        self.rgb = torch.from_numpy(np.stack([          # it stays as it is for the whole episode
-            picture(background, y, self.gap + self.radius) for background, y in zip(backgrounds, self.gap_y)]))
+        images = [picture(background, middle, self.gap + self.radius)
+                  for background, middle in zip(backgrounds, self.gap_y)]
+        self.rgb = torch.from_numpy(np.stack(images))   # as it is for the whole episode
         self.steps = np.zeros(count, int)
         self.over, self.success = np.zeros((2, count), bool)
         return self.observe()
