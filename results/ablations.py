@@ -20,10 +20,11 @@ delta.) Adam forgets the factor.
 
 Run:     python results/ablations.py               (322 runs, about 10 s each on one core)
          python results/ablations.py --phase       (540 runs)
+         python results/ablations.py --robot       (18 runs of 05, 3 minutes each on two cores)
          python results/ablations.py default loss-weighted --seeds 3 --lr 3e-4
          python results/ablations.py --list        (the names, with the paper's numbers)
 Saves:   results/ablations/{ablations.csv, ablations_tuning.csv, ablations.png}, or
-         {phase.csv, phase_tuning.csv}
+         {phase.csv, phase_tuning.csv}, or phase_robot.csv
 """
 
 import argparse
@@ -33,7 +34,10 @@ import functools
 import importlib
 import io
 import os
+import re
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -179,6 +183,7 @@ FIGURES = {
 TARGETS, NOISE_LEVELS = list(ERRORS), (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 EMAS = ("0.1 0.1", "0.1 0.995", "0.9 0.9", "0.9 0.995")   # START END, as --ema of 03 takes them
 TEST_EPISODES = 1000
+ROBOT = {"noise_levels": (0.1, 0.3, 0.8), "seeds": 3, "ema": "0.1 0.5"}   # 05's defaults else
 
 
 def settings(job):
@@ -227,6 +232,28 @@ def run(job):
                 f"results/ablations.py {what} --seeds 1 --first-seed {args.seed} --lr {args.lr:g} "
                 f"--iterations {args.iterations} --episodes {args.episodes} "
                 f"--noise-level{'s' * ('variant' not in job)} {args.noise_level:g}")}
+
+
+def run_robot(job):
+    """The same question on PickCube: 05 from the clone of this seed, 12 iterations, 400 test
+    episodes of the last policy. It takes all cores: one run at a time."""
+    folder, start = f"runs/phase_robot/seed{job['seed']}", time.time()
+    rest = f"--seed {job['seed']} --eval-every 100 --eval-episodes 8"
+    if not Path(folder, "sft.pt").exists():
+        call(f"05_train_maniskill.py {rest} --iterations 0 --test-episodes 8 --out {folder}")
+    with tempfile.TemporaryDirectory() as out:
+        command = (f"05_train_maniskill.py {rest} --iterations 12 --sft {folder}/sft.pt --target "
+                   f"{job['target']} --noise-level {job['noise_level']:g} --ema {job['ema']}")
+        told = dict(re.findall(r"(\w+)=([\d.]+)", call(f"{command} --out {out}").split("RESULT")[1]))
+    return {"sft": told["sft"], "after": told["stepnft"], "test_episodes": 400,
+            "seconds": round(time.time() - start), **study.origin(command),
+            "hardware": f"{os.cpu_count()} CPU cores"}
+
+
+def call(command):
+    """A script of the repo -> what it printed."""
+    return subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True, text=True,
+                          stdout=subprocess.PIPE).stdout
 
 
 # ------------------------------------------------------------------------------------------------
@@ -354,6 +381,7 @@ def parse_args():
     add("--list", action="store_true", help="print names and the paper's numbers, and stop")
     add("--phase", action="store_true",
         help="instead of variants: every target in every width of noise, each tuned")
+    add("--robot", action="store_true", help="instead: next step and endpoint on PickCube")
     add("--seeds", type=flow.positive_int, default=8, help="how many seeds")
     add("--first-seed", type=flow.natural, default=0, help="seed of SFT, rollouts and updates")
     add("--lr", type=positive, nargs="+", help="Adam's learning rates to tune with; one: no tuning "
@@ -388,6 +416,14 @@ def main():
             for name, paper in variants.items():
                 print(f"{figure:<14} {name:<24} {'-' if paper is None else paper}")
         return
+    if args.robot:
+        jobs = [{"target": target, "noise_level": a, "ema": ROBOT["ema"], "lr": 3e-4, "seed": seed}
+                for seed in range(ROBOT["seeds"]) for a in ROBOT["noise_levels"]
+                for target in nft.TARGETS]
+        study.collect(jobs, run_robot, args.out / "phase_robot.csv")
+        show_phase(phase_table(study.rows_of(jobs, args.out / "phase_robot.csv")))
+        return print(f"RESULT runs={len(jobs)} saved={args.out}/phase_robot.csv "
+                     f"seconds={time.time() - start:.0f}")
     size = {"iterations": args.iterations, "episodes": args.episodes}
     if args.phase:
         arms = [{"target": target, "noise_level": a, **size}
