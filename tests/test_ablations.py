@@ -1,10 +1,11 @@
 """results/ablations.py: every variant's rollout, target and loss against slow scalar loops or
-closed forms; the loop against 03's; the csv that resumes, the table, the script."""
+closed forms; the loop against 03's; the tables, the script. (The csv that resumes: test_study.)"""
 
-import csv
 import importlib
 import math
+import shlex
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ sys.path.insert(0, str(ROOT / "results"))
 flow = importlib.import_module("01_flow_policy")
 sde = importlib.import_module("02_sde_sampler")
 nft = importlib.import_module("03_step_loss")
-ablations = importlib.import_module("ablations")
+ablations, study = map(importlib.import_module, ("ablations", "study"))
 
 TIMES = [1, 0.75, 0.5, 0.25, 0]
 
@@ -229,7 +230,13 @@ def test_an_ode_rollout_noises_its_endpoint_afresh():
 
 
 TINY = dict(seed=0, lr=1e-3, iterations=2, episodes=16, noise_level=0.2)
-FLAGS = ("--seeds", 1, "--iterations", 1, "--episodes", 8, "--jobs", 1)
+FLAGS = ("--seeds", 1, "--iterations", 1, "--episodes", 8, "--lr", 1e-3, "--jobs", 1)
+
+
+def make_job(name, **changes):
+    """A job as main makes it."""
+    return {"variant": name, **TINY, "noise_level": ablations.VARIANTS[name].get(
+        "noise_level", 0.2), **changes}
 
 
 @pytest.mark.parametrize("name, flags", [
@@ -255,14 +262,15 @@ def test_every_variant_runs_and_no_two_are_the_same(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(ablations, "TEST_EPISODES", 8)
     ends, ema_update = {}, nft.ema_update
-    for job in ablations.make_jobs(ablations.VARIANTS, [0], 1e-3, 3, 16, 0.2):
+    for name in ablations.VARIANTS:
+        job = make_job(name, iterations=3)
+
         def keep(old, new, decay):
             ends[job["variant"]] = torch.cat([p.detach().flatten() for p in new.parameters()])
             ema_update(old, new, decay)
 
         monkeypatch.setattr(nft, "ema_update", keep)
         row = ablations.run(job)
-        assert list(row) == ablations.COLUMNS and row["variant"] == job["variant"]
         assert 0 <= float(row["after"]) <= 1 and ends[job["variant"]].isfinite().all()
     names = list(ablations.VARIANTS)
     assert list(ends) == names
@@ -276,7 +284,7 @@ def watch(name, monkeypatch):
     monkeypatch.setattr(nft, "update", lambda policy, optimizer, batch, **options: seen.append(
         (batch, options)))
     monkeypatch.setattr(ablations, "TEST_EPISODES", 2)
-    ablations.run(ablations.make_jobs([name], [0], 1e-3, 1, 64, 0.2)[0])
+    ablations.run(make_job(name, iterations=1, episodes=64))
     return seen[0]
 
 
@@ -323,109 +331,79 @@ def test_a_rollout_feeds_update_with_a_foreign_policy(name):
 
 
 # ------------------------------------------------------------------------------------------------
-# The csv and the table
+# The tables
 
 
-def made_up(job, calls=None):
-    """A row without any training."""
-    if calls is not None:
-        calls.append((job["variant"], job["seed"]))
-    row = {name: job.get(name, "x") for name in ablations.COLUMNS}
-    return {**row, "sft": "0.5", "after": str(0.1 * job["seed"]), "lr": str(job["lr"])}
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    """`run` and the SFT policies replaced; the list of runs that were asked for."""
-    calls = []
-    monkeypatch.setattr(ablations, "run", lambda job: made_up(job, calls))
-    monkeypatch.setattr(flow, "toy_policy", lambda seed: None)
-    return calls
-
-
-def test_rows_of_the_same_run_are_kept_and_others_are_added(no_training, tmp_path):
-    path = tmp_path / "a.csv"
-    sizes = [(1e-3, 2, 16, 0.2), (3e-4, 2, 16, 0.2), (1e-3, 3, 16, 0.2), (1e-3, 2, 8, 0.2),
-             (1e-3, 2, 16, 0.3)]
-    jobs = ablations.make_jobs(["default", "noise-0.5"], [0, 1], *sizes[0])
-    ablations.collect(jobs, path, 1)
-    assert len(no_training) == 4 and len(ablations.read(path)) == 4
-    ablations.collect(jobs, path, 1)
-    assert len(no_training) == 4                                          # nothing again
-    for size in sizes[1:]:
-        ablations.collect(ablations.make_jobs(["default"], [0], *size), path, 1)
-    assert len(no_training) == 8 and len(ablations.read(path)) == 8
-    ablations.collect(ablations.make_jobs(["noise-0.5"], [1], *sizes[-1]), path, 1)
-    assert len(no_training) == 8                     # its noise is its own, whatever the flag says
-
-
-def test_an_interrupted_run_leaves_what_it_had_and_goes_on(no_training, tmp_path, monkeypatch,
-                                                           capsys):
-    path, finish = tmp_path / "a.csv", ablations.run
-    jobs = ablations.make_jobs(["default"], range(4), 1e-3, 2, 16, 0.2)
-
-    def impatient(job):
-        if job["seed"] == 2:
-            raise KeyboardInterrupt
-        return finish(job)
-
-    monkeypatch.setattr(ablations, "run", impatient)
-    ablations.collect(jobs, path, 1)
-    assert "goes on" in capsys.readouterr().out
-    assert [row["seed"] for row in ablations.read(path)] == ["0", "1"]
-    assert ablations.summarise(ablations.read(path))[0]["after"] == pytest.approx(0.05)
-    monkeypatch.setattr(ablations, "run", finish)
-    ablations.collect(jobs, path, 1)
-    assert [row["seed"] for row in ablations.read(path)] == ["0", "1", "2", "3"]
-    assert [seed for _, seed in no_training] == [0, 1, 2, 3]              # none of them twice
+def rows_for(values, lr="0.001"):
+    """{variant: values of seeds 0, 1, ...} -> rows as the csv holds them, in no order."""
+    rows = [{"variant": name, "seed": str(s), "sft": str(s / 10), "after": str(value), "lr": lr}
+            for name, own in values.items() for s, value in enumerate(own)]
+    return [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 8])
 def test_the_intervals_are_scipys_and_gains_are_paired_by_seed(seeds):
     rng = np.random.default_rng(seeds)
     first, other = rng.random((2, seeds))
-    rows = [{"variant": name, "seed": str(s), "sft": str(s / 10), "after": str(value)}
-            for name, values in (("default", first), ("beta-5", other))
-            for s, value in rng.permutation(list(enumerate(values)), axis=0)]
-    row, = [row for row in ablations.summarise(rows) if row["variant"] == "beta-5"]
+    row, = [row for row in ablations.summarise(rows_for({"default": first, "beta-5": other}))
+            if row["variant"] == "beta-5"]
     assert (row["figure"], row["paper"], row["seeds"]) == ("beta", 0.79, seeds)
     assert row["sft"] == pytest.approx((seeds - 1) / 20)
-    for mean, half, values in (("after", "half", other), ("gain", "gain_half", other - first)):
-        low, high = stats.t.interval(0.95, seeds - 1, values.mean(), stats.sem(values))
-        assert row[mean] - row[half] == pytest.approx(low)
-        assert row[mean] + row[half] == pytest.approx(high)
+    low, high = stats.t.interval(0.95, seeds - 1, other.mean(), stats.sem(other))
+    assert row["after"] - row["half"] == pytest.approx(low)
+    assert row["after"] + row["half"] == pytest.approx(high)
+    paired = stats.ttest_rel(other, first).confidence_interval(0.95)
+    assert (row["low"], row["high"]) == pytest.approx((paired.low, paired.high))
+
+
+@pytest.mark.parametrize("gain, verdict", [(-0.2, "shown"), (0.2, "contradicted"),
+                                           (0.0, "not shown")])
+def test_a_verdict_compares_the_interval_with_the_sign_of_the_papers_difference(gain, verdict):
+    """The paper: beta 5 is worse than 1 (.79, .945), beta 0.1 better (.985)."""
+    base, noise = np.array([0.5, 0.6, 0.7]), np.array([-0.01, 0.0, 0.01])
+    rows = rows_for({"default": base, "beta-5": base + noise + gain,
+                     "beta-0.1": base + noise - gain})
+    found = {row["variant"]: row["verdict"] for row in ablations.summarise(rows)}
+    assert found == {"default": "", "beta-5": verdict, "beta-0.1": verdict}
 
 
 def test_one_seed_has_no_interval_and_no_first_variant_no_gain(capsys):
-    table = ablations.summarise([{"variant": "beta-5", "seed": "0", "sft": "0.5", "after": "0.8"}])
-    ablations.show(table)
+    ablations.show(ablations.summarise(rows_for({"beta-5": [0.8]})))
     assert capsys.readouterr().out.splitlines()[1].split() == (
-        ["beta", "beta-5", "1", "0.500", "0.800", "-", "-", "-", "0.790"])
+        ["beta", "beta-5", "0.001", "1", "0.000", "0.800", "-", "-", "-", "-", "0.790"])
 
 
 def test_every_variant_stands_in_a_figure_and_a_paper_value_of_zero_is_shown(capsys):
     assert {name for variants in ablations.FIGURES.values() for name in variants} == set(
         ablations.VARIANTS)
-    rows = [{"variant": name, "seed": "0", "sft": "0", "after": "0"} for name in ablations.VARIANTS]
-    ablations.show(ablations.summarise(rows))
+    ablations.show(ablations.summarise(rows_for(dict.fromkeys(ablations.VARIANTS, [0.0]))))
     line, = [text for text in capsys.readouterr().out.splitlines()
              if text.split()[:2] == ["target", "target-endpoint"]]
     assert line.split()[-1] == "0.000"
 
 
+def test_the_phase_table_pairs_the_next_step_with_every_other_target():
+    rng, rows, values = np.random.default_rng(0), [], {}
+    for noise in ("0.1", "0.5"):
+        for target in ablations.TARGETS:
+            values[noise, target] = rng.random(4)
+            rows += [{"noise_level": noise, "target": target, "ema": "0.9 0.9", "lr": "0.001",
+                      "seed": str(s), "sft": "0.5", "after": str(value)}
+                     for s, value in enumerate(values[noise, target])]
+    table = ablations.phase_table(rows)
+    assert [(row["noise_level"], row["target"]) for row in table] == list(values)
+    for row in table:
+        own, base = (values[row["noise_level"], t] for t in (row["target"], "next"))
+        assert row["after"] == pytest.approx(own.mean()) and row["seeds"] == 4
+        if row["target"] == "next":
+            assert np.isnan(row["gain"])
+        else:
+            paired = stats.ttest_rel(base, own).confidence_interval(0.95)
+            assert (row["low"], row["high"]) == pytest.approx((paired.low, paired.high))
+
+
 # ------------------------------------------------------------------------------------------------
 # The script
-
-
-def test_the_script_in_parallel_with_a_subset_by_name_and_again(workplace):
-    flags = ("default", "beta-5", *FLAGS[:-1], 2, "--out", "out")
-    told = run_script("results/ablations.py", *flags, cwd=workplace).stdout
-    with open(workplace / "out" / "ablations.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ablations.COLUMNS and len(rows) == 2
-    assert {row["variant"] for row in rows} == {"default", "beta-5"}
-    assert "RESULT variants=2 runs=2" in told and "0.945" in told
-    assert (workplace / "out" / "ablations.png").stat().st_size > 1000
 
 
 def main_in(folder, monkeypatch, *flags):
@@ -434,26 +412,93 @@ def main_in(folder, monkeypatch, *flags):
     ablations.main()
 
 
-def test_the_command_in_a_row_makes_that_row(no_training, workplace, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.chdir(workplace)
-    job = ablations.make_jobs(["noise-0.3"], [0], 7e-4, 1, 8, 0.2)[0]
-    row = ablations.run(job)
-    command, asked = row["command"].split(), []
-    monkeypatch.setattr(ablations, "collect", lambda jobs, *rest: asked.extend(jobs))
+def test_the_script_in_parallel_with_a_subset_by_name(workplace):
+    flags = ("default", "beta-5", *FLAGS[:-1], 2, "--out", "out")
+    told = run_script("results/ablations.py", *flags, cwd=workplace).stdout
+    rows = study.read(workplace / "out" / "ablations.csv")
+    assert {row["variant"] for row in rows} == {"default", "beta-5"} and len(rows) == 2
+    assert "RESULT arms=2 runs=2" in told and "0.945" in told
+    assert (workplace / "out" / "ablations.png").stat().st_size > 1000
+    assert not (workplace / "out" / "ablations_tuning.csv").exists()      # one lr: nothing to tune
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """`train` replaced: success is the seed / 100 + how near lr is to 3e-4; and no SFT."""
+    monkeypatch.setattr(ablations, "train", lambda args: [0.5, args.seed / 1e3 + 1e-2 * (
+        args.lr == 3e-4) + 1e-3 * (args.ema == [0.9, 0.9])])
+    monkeypatch.setattr(flow, "toy_policy", lambda seed: None)
+
+
+def test_variants_are_tuned_on_other_seeds_and_played_with_what_was_best(no_training, tmp_path,
+                                                                         monkeypatch, capsys):
+    main_in(tmp_path, monkeypatch, "default", "noise-0.3", "--seeds", 2, "--out", "out", "--jobs",
+            1)
+    tuned, rows = (study.read(tmp_path / "out" / f"ablations{end}.csv") for end in ("_tuning", ""))
+    assert {row["seed"] for row in tuned} == {"100", "101", "102", "103"}
+    assert {row["lr"] for row in tuned} == {"0.0003", "0.001"} and len(tuned) == 16
+    assert {(r["variant"], r["noise_level"], r["lr"], r["seed"]) for r in rows} == {
+        (name, noise, "0.0003", seed) for name, noise in (("default", "0.2"), ("noise-0.3", "0.3"))
+        for seed in "01"}
+
+
+def test_the_phase_tunes_every_target_in_every_width(no_training, tmp_path, monkeypatch, capsys):
+    main_in(tmp_path, monkeypatch, "--phase", "--seeds", 2, "--out", "out", "--jobs", 1)
+    tuned, rows = (study.read(tmp_path / "out" / f"phase{end}.csv") for end in ("_tuning", ""))
+    arms = {(target, f"{noise:g}") for target in ("next", "next-mean", "endpoint")
+            for noise in ablations.NOISE_LEVELS}
+    assert {(row["target"], row["noise_level"]) for row in rows} == arms and len(rows) == 36
+    assert {(row["lr"], row["ema"]) for row in rows} == {("0.0003", "0.9 0.9")}
+    assert len(tuned) == len(arms) * (12 + 6 + 3 + 3)
+    wanted = "target ema lr noise_level seed sft after episodes seconds".split()
+    assert set(wanted) <= set(rows[0])
+
+
+@pytest.mark.parametrize("flags", ["noise-0.3", "--phase --targets endpoint --ema '0.9 0.9'"])
+def test_the_command_in_a_row_makes_that_row(no_training, tmp_path, monkeypatch, flags):
+    flags = [*shlex.split(flags), "--lr", 7e-4, "--iterations", 1, "--episodes", 8, "--jobs", 1]
+    main_in(tmp_path, monkeypatch, *flags, "--seeds", 1, "--first-seed", 5, "--out", "a",
+            *(["--noise-levels", 0.3] if "--phase" in flags else []))
+    name = "phase" if "--phase" in flags else "ablations"
+    row, = study.read(tmp_path / "a" / f"{name}.csv")
+    command = shlex.split(row["command"])
     assert command[0] == "results/ablations.py"
-    main_in(workplace, monkeypatch, *command[1:])
-    assert asked == [{**job, "noise_level": 0.3}] and ablations.key(row) == ablations.key(job)
+    main_in(tmp_path, monkeypatch, *command[1:], "--out", "b")
+    again, = study.read(tmp_path / "b" / f"{name}.csv")
+    assert {**again, "seconds": 0} == {**row, "seconds": 0}
 
 
-def test_the_table_shows_the_rows_of_before_and_all_is_the_default(no_training, tmp_path,
-                                                                   monkeypatch, capsys):
-    main_in(tmp_path, monkeypatch, "default", "--seeds", 2, "--out", "out", "--jobs", 1)
-    main_in(tmp_path, monkeypatch, "beta-5", "--seeds", 2, "--out", "out", "--jobs", 1)
-    assert len(no_training) == 4 and "RESULT variants=2 runs=4" in capsys.readouterr().out
-    main_in(tmp_path, monkeypatch, "--seeds", 2, "--out", "out", "--jobs", 1)
-    assert sorted(no_training) == sorted((name, seed) for name in ablations.VARIANTS
-                                         for seed in (0, 1))
+def test_a_row_of_the_phase_is_what_03_prints_with_these_flags(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    job = {"target": "endpoint", "noise_level": 0.5, "iterations": 2, "episodes": 16,
+           "ema": "0.9 0.995", "lr": 3e-4, "seed": 0}
+    told = run_script("03_step_loss.py", "--target", "endpoint", "--noise-level", 0.5, "--ema", 0.9,
+                      0.995, "--lr", 3e-4, "--iterations", 2, "--episodes", 16, cwd=workplace)
+    row = ablations.run(job)
+    assert f"sft={row['sft']:.3f} stepnft={row['after']:.3f}" in told.stdout
+
+
+def test_a_run_on_the_robot_is_05_from_the_seeds_own_clone(tmp_path, monkeypatch):
+    """The calls, without the simulator: the clone once, then each target from it."""
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations, "call", lambda command: (asked.append(command.split()), (
+        Path("runs/phase_robot/seed2").mkdir(parents=True, exist_ok=True),
+        Path("runs/phase_robot/seed2/sft.pt").touch()), "x\nRESULT sft=0.4 stepnft=0.6 y=1")[-1])
+    for target in ("next", "endpoint"):
+        row = ablations.run_robot({"target": target, "noise_level": 0.8, "ema": "0.1 0.5",
+                                   "lr": 3e-4, "seed": 2})
+        assert (row["sft"], row["after"]) == ("0.4", "0.6")
+    ppo = importlib.import_module("05_train_maniskill")
+    clone, *runs = asked
+    assert clone[1:3] == ["--seed", "2"] and "--iterations 0" in " ".join(clone) and len(runs) == 2
+    monkeypatch.setattr(ppo.robot, "checkpoint", Path)
+    monkeypatch.setattr(ppo.robot, "check_clone", lambda *rest: None)
+    for command, target in zip(runs, ("next", "endpoint")):
+        args = ppo.parse_args(command[1:])
+        assert (args.target, args.noise_level, args.lr, args.ema, args.iterations, args.episodes,
+                args.test_episodes, args.sft) == (
+            target, 0.8, 3e-4, [0.1, 0.5], 12, 256, 400, Path("runs/phase_robot/seed2/sft.pt"))
 
 
 def test_the_list_has_every_name_and_the_papers_numbers(tmp_path, monkeypatch, capsys):
@@ -467,7 +512,8 @@ def test_the_list_has_every_name_and_the_papers_numbers(tmp_path, monkeypatch, c
     ("target-endpiont", "target-endpoint"), ("--seeds 0", "--seeds"), ("--jobs 0", "--jobs"),
     ("--lr nan", "--lr"), ("--first-seed -1", "--first-seed"), ("--iterations 0", "--iterations"),
     ("labels-grouped --episodes 12", "--episodes"), ("--noise-level 0", "--noise-level"),
-    ("--out a_file", "--out")])
+    ("--first-seed 95", "--seeds"), ("--phase --targets x_0", "--targets"),
+    ("--phase --ema 0.5", "--ema"), ("--out a_file", "--out")])
 def test_a_call_that_cannot_work_is_told_in_one_line_and_leaves_nothing(tmp_path, monkeypatch,
                                                                        capsys, flags, named):
     (tmp_path / "a_file").write_text("not a folder")
