@@ -290,10 +290,10 @@ def parse_args(argv=None):
     robot.add_run_flags(parser, envs_per_core=2, iterations=18, eval_every=3, test_episodes=400,
                         out="runs/05_train_maniskill", group_size=8, noise_level=0.3,
                         ema=[0.1, 0.5])
-    pixels = parser.parse_known_args(argv)[0].task == "PixelGap"
-    parser.set_defaults(**PIXEL_GAP if pixels else {})
+    if parser.parse_known_args(argv)[0].task == "PixelGap":
+        parser.set_defaults(**PIXEL_GAP)
     args = robot.parse_run(parser, argv)
-    args.action_repeat = 1
+    args.action_repeat, pixels = 1, args.task == "PixelGap"
     if pixels:
         for name in ("obs", "max_steps", "demo_noise", "num_envs", "video"):
             if getattr(args, name) != parser.get_default(name):

@@ -40,6 +40,7 @@ CONDITIONS = dict(zip(("id", "textures", "gaps", "both", "starts"),
                       (changes for _, _, changes in pixel_gap.VARIANTS)))
 OOD = ("textures", "gaps", "both")     # their mean is what "out of distribution" means below
 SCENES, DOSES = 64, (16, 256)          # of the main run, and beside it
+TESTED = 500, 1000                     # episodes in each condition: while training, at the end
 CLONES = "runs/pixel_gap"              # shared by all methods of a seed
 
 
@@ -105,8 +106,7 @@ def run(job, split="test"):
 
         def measure(policy, name):
             iteration = min(args.eval_every * len(rows), args.iterations)
-            row = {"iteration": iteration,
-                   "episodes_each": 500 if iteration < args.iterations else 1000}
+            row = {"iteration": iteration, "episodes_each": TESTED[iteration == args.iterations]}
             for i, (condition, changes) in enumerate(CONDITIONS.items()):
                 if split == "test" or condition == "id":
                     world.change(**changes)
@@ -128,6 +128,7 @@ def run(job, split="test"):
             return row["id"]
 
         robot.train(args, clone, world, method, functools.partial(compare.starts, args), measure)
+        flow.pyplot().close("all")
     told = {"seconds": round(time.time() - start),
             **study.origin("05_train_maniskill.py --task PixelGap " + " ".join(flags(job)))}
     if split == "validation":
