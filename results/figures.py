@@ -20,9 +20,9 @@ import torch
 
 RESULTS = Path(__file__).resolve().parent
 DRAWN = RESULTS / "figures"    # where the pictures go
-sys.path.insert(0, str(RESULTS.parent))
-flow, sde, nft, robot = map(importlib.import_module, (
-    "01_flow_policy", "02_sde_sampler", "03_step_loss", "04_train_libero"))
+sys.path[:0] = [str(RESULTS.parent), str(RESULTS)]
+flow, sde, nft, robot, ablations = map(importlib.import_module, (
+    "01_flow_policy", "02_sde_sampler", "03_step_loss", "04_train_libero", "ablations"))
 plt = flow.pyplot()
 
 # Okabe and Ito's colours: told apart by every kind of colour vision. Figures lie on a card of their
@@ -304,6 +304,73 @@ def pooled(rows):
     return found
 
 
+TARGETS = {"next": ("next step", BLUE, "o-"), "endpoint": ("endpoint", ORANGE, "s--"),
+           "next-mean": ("next step's mean", PURPLE, "^:")}
+
+
+def phase(folder):
+    """Success against the width of the noise for each target, on the toy world and on PickCube,
+    with 95 % t-intervals over seeds; and below, why: see mechanism.py."""
+    if not (folder / "phase.csv").exists():
+        return skipped("phase", "ablations/phase.csv")
+    robot_rows = read(folder / "phase_robot.csv") if (folder / "phase_robot.csv").exists() else []
+    fig, axes = plt.subplots(2, 2, figsize=(9.6, 5.8))
+    axes = axes.flat
+    for ax, rows, title in ((axes[0], read(folder / "phase.csv"), "toy world, each tuned"),
+                            (axes[1], robot_rows, "PickCube, from shared clones")):
+        table = ablations.phase_table(rows)
+        for target, (name, color, style) in TARGETS.items():
+            own = [row for row in table if row["target"] == target]
+            x = [float(row["noise_level"]) for row in own]
+            ax.errorbar(x, [row["after"] for row in own], [row["half"] for row in own], fmt=style,
+                        color=color, ms=4, lw=1.6, capsize=2, label=name if own else None)
+        if table:
+            ax.axhline(np.mean([row["sft"] for row in table]), color=GREY, ls="-.", lw=1)
+            ax.text(0.8, table[0]["sft"], "SFT ", color=GREY, ha="right", va="bottom", fontsize=8)
+            seeds = f"{table[0]['seeds']} seeds"
+            ax.set(title=f"{title}, {seeds}", xlabel="noise level a", ylim=(0, 1))
+            ax.legend(fontsize=8, loc="lower left", handlelength=2)
+    axes[0].set_ylabel("success after RL")
+    residual(axes[2], folder / "mechanism.csv")
+    pull(axes[3], read(folder / "pull.csv"))
+    save(fig, "phase")
+
+
+def residual(ax, path, noise="0.5"):
+    """Bars: the parts of each target's residual, step by step, mean over clones."""
+    rows = [row for row in read(path) if row["noise_level"] == noise]
+    bars = {**{f"{k}": [r for r in rows if (r["target"], r["step"]) == ("endpoint", str(k))]
+               for k in range(K)}, "next,\nany": [r for r in rows if r["target"] == "next"]}
+    below = np.zeros(len(bars))
+    for part, color, name, hatch in (("own", BLUE, "this step's noise", ""),
+                                     ("later", ORANGE, "later steps' noise", "//"),
+                                     ("systematic", GREY, "no noise at all", "..")):
+        height = np.array([np.mean([float(r[part]) for r in own]) for own in bars.values()])
+        ax.bar(list(bars), height, 0.7, below, color=color, alpha=0.75, hatch=hatch, label=name,
+               edgecolor="#f1f4f7")
+        below += height
+    ax.set(title=f"what the label is multiplied with, noise {noise}", yticks=(0, 0.5, 1),
+           ylim=(0, 1.3), ylabel="share of the residual", xlabel="endpoint, at step k")
+    ax.legend(fontsize=8, loc="upper left", handlelength=1.2, ncols=3, columnspacing=1)
+
+
+def pull(ax, rows):
+    """Where the labels of a clone's episodes push it along the endpoint's systematic part: mean of
+    the steps before the last, over starts; a thin line for each clone."""
+    x = list(dict.fromkeys(row["noise_level"] for row in rows))
+    curves = np.array([[np.mean([float(row[f"pull_{k}"]) for row in rows for k in range(K - 1)
+                                 if (row["noise_level"], row["seed"]) == (a, seed)]) for a in x]
+                       for seed in dict.fromkeys(row["seed"] for row in rows)])
+    x = [float(a) for a in x]
+    ax.plot(x, curves.T, color=ORANGE, lw=0.7, alpha=0.4)
+    ax.plot(x, curves.mean(0), "s--", color=ORANGE, ms=4, lw=1.6, label="endpoint")
+    ax.axhline(0, color=BLUE, lw=1.6, label="next step: nothing systematic")
+    ax.text(0.06, -0.06, "push: most episodes fail", color=GREY, va="top", fontsize=8)
+    ax.set(title="pull along the systematic part", xlabel="noise level a", ylim=(-0.8, 0.4),
+           ylabel="+1: all episodes succeed")
+    ax.legend(fontsize=8, loc="lower left", handlelength=2)
+
+
 def maniskill(folder):
     logs, summary = sorted(folder.glob("seed[0-9].csv")), folder / "summary.csv"
     if not logs or not summary.exists():
@@ -406,6 +473,7 @@ def main():
     with plt.rc_context(STYLE):
         toy = np.load(RESULTS / "figures/toy.npz")
         hero(toy)
+        phase(RESULTS / "ablations")
         method(toy)
         libero(RESULTS / "04_train_libero", "task0", "task 0", "libero")
         libero(RESULTS / "04_train_libero", "ten_tasks", "ten tasks", "libero_ten")

@@ -33,8 +33,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-robot, ablations, figures = map(importlib.import_module,
-                                ("04_train_libero", "ablations", "figures"))
+robot, ablations, figures, study = map(importlib.import_module, (
+    "04_train_libero", "ablations", "figures", "study"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*/README.md"))]
 LINK = r"\[`([\w.]+)`\]\(([\w./]+\.py)#L(\d+)\)"
 
@@ -105,37 +105,70 @@ def table(pattern, specs):
         rows = [row for row in rows if row[name] in value.split(",")]
     columns = [spec for spec in specs if not re.match("where |mean (row|only)$", spec)]
     if not columns:
-        shapes = {"ood": axes_table, "trial_target_noise": trial_table}
-        return shapes.get(Path(pattern).stem, ablation_table)(rows)
+        shapes = {"ood": axes_table, "phase": phase_table, "phase_robot": phase_table,
+                  "ablations": ablation_table}
+        return shapes.get(Path(pattern).stem, grid_table)(rows)
     cells = [] if "mean only" in specs else [[cell(row, spec) for spec in columns] for row in rows]
     mean = {"mean row", "mean only"} & set(specs)
     return cells + ([mean_row(rows, columns)] if mean else [])
 
 
+def plus_minus(row):
+    return f"{row['after']:.3f} ± {row['half']:.3f}"
+
+
+def points(low, mean, high):
+    return f"{100 * mean:+.1f} [{100 * low:+.1f},&nbsp;{100 * high:+.1f}]"
+
+
 def ablation_table(rows):
-    """Every variant at both learning rates, and the paper: mean ± half of the 95 % interval."""
-    by_lr = [{(row["figure"], row["variant"]): row for row in ablations.summarise(
-        [row for row in rows if float(row["lr"]) == lr])} for lr in (3e-4, 1e-3)]
-    cells = []
-    for figure, variants in ablations.FIGURES.items():
-        for variant, paper in variants.items():
-            found = [runs.get((figure, variant)) for runs in by_lr]
-            if any(found):
-                cells.append([figure, f"`{variant}`", *(
-                    f"{r['after']:.3f} ± {r['half']:.3f}" if r else "–" for r in found),
-                    "–" if paper is None else f"{paper:g}"])
+    """Every variant: mean ± half of the 95 % interval, the difference to the first of its figure in
+    points, the paper's numbers, and whether the interval says the same."""
+    return [[row["figure"], f"`{row['variant']}`", row["lr"], plus_minus(row),
+             "–" if np.isnan(row["gain"]) else points(row["low"], row["gain"], row["high"]),
+             "–" if row["paper"] is None else f"{row['paper']:g}", row["verdict"] or "–"]
+            for row in ablations.summarise(rows)]
+
+
+def phase_table(rows):
+    """Target x noise level: mean ± half of the 95 % interval; then next step minus each of the
+    others, paired by seed, in points; then the settings that the tuning chose."""
+    table, cells = ablations.phase_table(rows), []
+    by_target = {target: [row for row in table if row["target"] == target]
+                 for target in figures.TARGETS}
+    names = {target: name for target, (name, *_) in figures.TARGETS.items()}
+    for target, own in by_target.items():
+        if own:
+            cells.append([names[target], *map(plus_minus, own)])
+    for target, own in by_target.items():
+        if own and target != "next":
+            cells.append([f"next step - {names[target]}", *(
+                points(row["low"], row["gain"], row["high"]) for row in own)])
+    for target, own in by_target.items():
+        if len({(row["ema"], row["lr"]) for row in table}) > 1 and own:
+            cells.append([f"EMA, lr of {names[target]}", *(
+                f"{row['ema'].replace(' ', '–')}, {float(row['lr']):.0e}".replace("e-0", "e-")
+                for row in own)])
     return cells
 
 
-def trial_table(rows):
-    """Target x noise level; a cell holds the seeds, one after the other."""
-    cells = []
-    for target, ema in dict.fromkeys((row["target"], row["ema"]) for row in rows):
-        own = [row for row in rows if (row["target"], row["ema"]) == (target, ema)]
-        cells.append([target, ema.replace(" ", " to "), *(
-            " / ".join(f"{float(row['success']):.3f}" for row in own
-                       if row["noise_level"] == level) or "–"
-            for level in dict.fromkeys(row["noise_level"] for row in rows))])
+def grid_table(rows):
+    """A tuning: each setting's mean over the seeds that it played, and how many these were."""
+    arms = [n for n in ("variant", "target", "algo", "noise_level") if n in rows[0]]
+    settings = [n for n in ("lr", "ema", "noise_level", "target_kl") if n in rows[0]]
+    if "algo" in arms:
+        arms.remove("noise_level")
+    else:
+        settings = [n for n in settings if n != "noise_level"]
+    cells, keys = [], dict.fromkeys(tuple(row[n] for n in settings) for row in rows)
+    for arm in dict.fromkeys(tuple(row[n] for n in arms) for row in rows):
+        own = {key: [float(r["after"]) for r in rows if tuple(r[n] for n in arms) == arm
+                     and tuple(r[n] for n in settings) == key] for key in keys}
+        most = max(map(len, own.values()))
+        best = max((np.mean(v) for v in own.values() if len(v) == most), default=None)
+        cells.append([" ".join(arm), *(
+            "–" if not v else f"{'**' * (len(v) == most and np.mean(v) == best)}{np.mean(v):.3f}"
+            f"{'**' * (len(v) == most and np.mean(v) == best)} ({len(v)})" for v in own.values())])
     return cells
 
 
@@ -160,8 +193,7 @@ def axes_table(rows):
              for policy in policies]
     for before, after in (("SFT", "ppo"), ("SFT", "stepnft"), ("ppo", "stepnft")):
         gains = np.array([100 * (rates(after, seed) - rates(before, seed)) for seed in seeds])
-        shown = [f"{points.mean():+.1f} ± {ablations.half_interval(points):.1f}"
-                 for points in gains.T]
+        shown = [f"{gain.mean():+.1f} ± {study.half_interval(gain):.1f}" for gain in gains.T]
         names = " - ".join(figures.NAMES.get(name, name) for name in (after, before))
         cells.append([names, *shown])
     return cells
