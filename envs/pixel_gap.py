@@ -1,10 +1,10 @@
 """PixelGap: the toy world of 01 seen through a camera, the cheap world for questions about images.
 
 The robot knows where it is; where the gap is, it must see: a picture of 16 x 16 pixels shows the
-wall, white, with its gap, before a background of coloured blocks. Training knows 64 scenes, each a
-texture with a gap of its own, so a network may learn which texture has which gap instead of where
-the wall is open. VARIANTS tell the two apart: unseen textures, unseen gaps, both, and starts that
-are farther out.
+wall, white, with its gap, before a background of coloured blocks. Training has 64 scenes, each a
+texture with a gap of its own, so a network may memorise which texture has which gap, or look where
+the wall is open. Unseen textures tell the two apart; unseen gaps, both, and starts farther out are
+further tests (VARIANTS).
 
     PixelGap().play(act, seeds) -> (success (episodes,) bool, rows)        as GapWorld.play in 01
 
@@ -36,10 +36,21 @@ def texture(number):
     return blocks.repeat(PIXELS // BLOCKS, 0).repeat(PIXELS // BLOCKS, 1)
 
 
+def seen_gap(u):
+    """u in [-1, 1] -> the gap's centre in training: up to 0.3 m from the middle as in GapWorld, but
+    never from 0.1 to 0.2."""
+    return 0.2 * u + 0.1 * np.sign(u) * (abs(u) > 0.5)
+
+
+def unseen_gap(u):
+    """u in [-1, 1] -> a centre that training leaves out: 0.1 to 0.2 m from the middle."""
+    return 0.1 * u + 0.1 * np.sign(u)
+
+
 @functools.cache
 def gap_of(scene):
-    """The gap's centre in a training scene: metres from -0.3 to 0.3, as in GapWorld."""
-    return float(np.random.default_rng([2, scene]).uniform(-0.3, 0.3))
+    """The gap's centre in a training scene, in metres."""
+    return float(seen_gap(np.random.default_rng([2, scene]).uniform(-1, 1)))
 
 
 def picture(background, gap_y, half):
@@ -63,17 +74,18 @@ class PixelGap(flow.GapWorld):
     """
 
     radius = 0.04  # of the robot: its centre must be within `gap` (0.06) of the middle, so the
-    # hole that is drawn has a half-width of 0.1; a pixel is 0.125 high
+    # gap that is drawn has a half-width of 0.1; a pixel is 0.125 high
 
     def __init__(self, scenes=64, demos=False):
         super().__init__()
         self.scenes, self.demos = scenes, demos
-        self.change(starts=(0.0, 0.3) if demos else TRAINING)
+        self.change({"starts": (0.0, 0.3)} if demos else {})
 
-    def change(self, textures="seen", gaps="seen", starts=TRAINING):
+    def change(self, changes):
         """The next episodes; what is not named is as in training. textures, gaps: "seen", those of
         the scene that an episode draws, or "unseen"; starts: from which |y| to which."""
-        self.textures, self.gaps, self.starts = textures, gaps, starts
+        training = {"textures": "seen", "gaps": "seen", "starts": TRAINING}
+        self.textures, self.gaps, self.starts = {**training, **changes}.values()
 
     def reset(self, seeds):
         """One episode per seed -> obs. A seed draws the start, the scene and what is unseen."""
@@ -84,7 +96,7 @@ class PixelGap(flow.GapWorld):
         low, high = self.starts
         y = np.sign(y) * (low + (high - low) * np.abs(y))
         self.position = np.column_stack([np.full(count, -0.8), y])
-        self.gap_y = 0.3 * gap_y
+        self.gap_y = unseen_gap(gap_y)
         if self.gaps == "seen":
             self.gap_y = np.array([gap_of(scene) for scene in scenes])
         backgrounds = map(texture, scenes if self.textures == "seen" else others)

@@ -18,8 +18,8 @@ averaged over the step's noise, weighted = 2 x ranking + a constant: the penalty
 weighted MSE shows openly, ranking has in its curvature. (Terms odd in delta: exactly 2 x, at any
 delta.) Adam forgets the factor.
 
-Run:     python results/ablations.py               (322 runs, about 10 s each on one core)
-         python results/ablations.py --phase       (540 runs)
+Run:     python results/ablations.py               (368 runs, about 10 s each on one core)
+         python results/ablations.py --phase       (576 runs)
          python results/ablations.py --robot       (18 runs of 05, 3 minutes each on two cores)
          python results/ablations.py default loss-weighted --seeds 3 --lr 3e-4
          python results/ablations.py --list        (the names, with the paper's numbers)
@@ -243,8 +243,10 @@ def run_robot(job):
         call(f"05_train_maniskill.py {rest} --iterations 0 --test-episodes 8 --out {folder}")
     with tempfile.TemporaryDirectory() as out:
         command = (f"05_train_maniskill.py {rest} --iterations 12 --sft {folder}/sft.pt --target "
-                   f"{job['target']} --noise-level {job['noise_level']:g} --ema {job['ema']}")
-        told = dict(re.findall(r"(\w+)=([\d.]+)", call(f"{command} --out {out}").split("RESULT")[1]))
+                   f"{job['target']} --lr {job['lr']:g} --noise-level {job['noise_level']:g} "
+                   f"--ema {job['ema']}")
+        result = call(f"{command} --out {out}").split("RESULT")[1]
+    told = dict(re.findall(r"(\w+)=([\d.]+)", result))
     return {"sft": told["sft"], "after": told["stepnft"], "test_episodes": 400,
             "seconds": round(time.time() - start), **study.origin(command),
             "hardware": f"{os.cpu_count()} CPU cores"}
@@ -281,7 +283,7 @@ def summarise(rows):
             after, base = (by_seed(rows, variant=v) for v in (name, first))
             own = {s: v for s, v in after.items() if s in base} if name != first else {}
             gain, low, high = study.difference(own, base) if own else [np.nan] * 3
-            said = None if variants[name] is None else variants[name] - (variants[first] or 0)
+            said = None if variants[name] is None else variants[name] - variants[first]
             verdict = "" if name == first or not said or np.isnan(low) else (
                 "not shown" if low <= 0 <= high else "shown" if low * said > 0 else "contradicted")
             table.append({"figure": figure, "variant": name, "seeds": len(after),
@@ -313,9 +315,9 @@ def phase_table(rows):
     """Rows of --phase -> a dict for each noise level and target: settings, mean and half of the
     95 % interval; gain, low, high: next step minus this target, paired by seed."""
     table = []
-    for noise in dict.fromkeys(row["noise_level"] for row in rows):
+    for noise in sorted({row["noise_level"] for row in rows}, key=float):
         base = by_seed(rows, noise_level=noise, target="next")
-        for target in dict.fromkeys(row["target"] for row in rows):
+        for target in TARGETS:
             own = [r for r in rows if (r["noise_level"], r["target"]) == (noise, target)]
             if not own:
                 continue

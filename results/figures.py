@@ -326,10 +326,11 @@ def phase(folder):
                         color=color, ms=4, lw=1.6, capsize=2, label=name if own else None)
         if table:
             ax.axhline(np.mean([row["sft"] for row in table]), color=GREY, ls="-.", lw=1)
-            ax.text(0.8, table[0]["sft"], "SFT ", color=GREY, ha="right", va="bottom", fontsize=8)
+            ax.text(0.42, table[0]["sft"] - 0.01, "SFT", color=GREY, va="top", fontsize=8)
             seeds = f"{table[0]['seeds']} seeds"
             ax.set(title=f"{title}, {seeds}", xlabel="noise level a", ylim=(0, 1))
             ax.legend(fontsize=8, loc="lower left", handlelength=2)
+        ax.set_visible(bool(table))
     axes[0].set_ylabel("success after RL")
     residual(axes[2], folder / "mechanism.csv")
     pull(axes[3], read(folder / "pull.csv"))

@@ -1,20 +1,21 @@
 """Why wide noise needs finer steps: what the residual of each target is made of.
 
-The loss asks whether v_theta explains a target better than v_old did. What v_old left unexplained is
-the residual: of the next step e = x_next - mean(v_old), of the endpoint e = x_0 - x0_hat(v_old).
-Given x_t, the energy of a residual has three parts:
+At v_theta = v_old the loss multiplies the label with the residual, what v_old left unexplained: of
+the next step e = x_next - mean(v_old), of the endpoint e = x_0 - x0_hat(v_old). Given x_t, the mean
+of |e|^2 over everything that can follow has three parts:
 
-    E|e|^2  =  |E e|^2           systematic: no noise has caused it, the label credits it all the same
-            +  Var E[e | x_next]          the noise of this step: what the label should be about
-            +  E Var[e | x_next]          the noise of the later steps: it drowns the second
+    mean |e|^2  =  |mean e|^2             systematic: no noise caused it, the label credits it too
+                +  Var mean[e | x_next]      this step's noise: what the label should be about
+                +  mean Var[e | x_next]      the later steps' noise: it drowns the second
 
-The next step has the second part alone. Measured on the clone of 01, from the first chunk of test
+The next step has the second part alone. Measured on clones of 01, from the first chunk of test
 starts: many x_next from each x_t, and two continuations to x_0 from each x_next. Two continuations
 share their x_next and nothing else, so the mean of their product is the second part.
 
-The systematic part has a direction, and the label says which way to go along it: `pull` is how far,
-averaged over the episodes from one start, +1 if all succeed and -1 if all fail. Where it crosses 0
-the endpoint's loss turns from pulling the policy where it goes anyway to pushing it away.
+The systematic part has a direction, and the label says which way to go along it. `pull` is how far,
+averaged over the episodes from one start: 1 - 2 x failures if the success of an episode hardly
+hangs on the noise of one chunk, which is what is measured. Where it crosses 0 the endpoint's loss
+turns from pulling the policy where it goes anyway to pushing it away.
 
 Run:     python results/mechanism.py                (about two minutes on one core)
 Saves:   results/ablations/{mechanism.csv, pull.csv}
@@ -89,9 +90,10 @@ def pull(policy, noise_level, starts, episodes=64, draws=40):
     for k in range(K):
         x_t = rows["x"][:, k]
         a, b = residuals(policy, ctx, x_t, k, noise_level, "endpoint", draws)
-        mean = (a + b).mean(1) / 2                                           # (episodes, H * A)
+        half, other = ((a + b)[:, i::2].mean(1) / 2 for i in (0, 1))         # (episodes, H * A)
         e = (rows["x"][:, -1] - (x_t - times[k] * rows["v"][:, k])).flatten(1)
-        along, length = y * (e * mean).sum(1), mean.pow(2).sum(1)
+        # the product of two independent means has no draws' noise in it, a square would
+        along, length = y * (e * (half + other) / 2).sum(1), (half * other).sum(1)
         pulls.append(along.view(-1, episodes).sum(1) / length.view(-1, episodes).sum(1))
     return 1 - success.reshape(-1, episodes).mean(1), torch.stack(pulls, 1).numpy()
 
@@ -126,7 +128,9 @@ def main():
                     nft.log_row(args.out / "mechanism.csv", {
                         "seed": seed, "noise_level": noise_level, "step": k, "target": target,
                         **dict(zip(("systematic", "own", "later"), parts)),
-                        "crossing": crossing(failures, pulls[:, k]) if target != "next" else ""})
+                        # in the last step hardly anything is systematic
+                        "crossing": crossing(failures, pulls[:, k])
+                        if target == "endpoint" and k < K - 1 else ""})
             for start, share, row in zip(starts, failures, pulls):
                 nft.log_row(args.out / "pull.csv", {
                     "seed": seed, "noise_level": noise_level, "start": start,

@@ -54,8 +54,8 @@ def read(path):
 
 def rows_of(jobs, path):
     """Those rows of the csv that belong to one of the jobs, which all have the same entries."""
-    wanted = {key(job) for job in jobs}
-    return [row for row in read(path) if key({name: row[name] for name in jobs[0]}) in wanted]
+    wanted, names = {key(job) for job in jobs}, jobs[0] if jobs else ()
+    return [row for row in read(path) if key({name: row[name] for name in names}) in wanted]
 
 
 def calm():
@@ -73,7 +73,8 @@ def answer(run, job):
 
 def collect(jobs, run, path, workers=1, desc="runs"):
     """Runs the jobs that the csv does not have; their rows are added to it as they come."""
-    done = {key({name: row[name] for name in jobs[0]}) for row in read(path)} if jobs else set()
+    names = jobs[0] if jobs else ()
+    done = {key({name: row.get(name) for name in names}) for row in read(path)}
     todo = [job for job in jobs if key(job) not in done]
     try:
         with contextlib.ExitStack() as stack:
@@ -83,7 +84,10 @@ def collect(jobs, run, path, workers=1, desc="runs"):
                 pool = stack.enter_context(spawn.Pool(min(workers, len(todo)), calm))
                 run_all = pool.imap_unordered
             answers = run_all(functools.partial(answer, run), todo)
+            header = list(read(path)[0]) if done else None
             for rows in tqdm(answers, total=len(todo), desc=desc, disable=None):
+                if header and header != list(rows[0]):
+                    raise SystemExit(f"{path} has other columns than this study: move it away")
                 for row in rows:
                     nft.log_row(path, row)
     except KeyboardInterrupt:

@@ -14,8 +14,8 @@ column   NAME              as in the csv, floats with three decimals (NAME:.1f a
          AFTER-BEFORE      a gain, in points
 where    keeps some rows;  `mean row` adds a last one, `mean only` shows no other. May be left out.
 
-Without columns, a csv gets a table of its own shape: trial_target_noise target x noise, ood policy
-x axis, runs of results/ablations.py variant x learning rate (mean over seeds).
+Without columns, a csv gets a table of its own shape: phase target x noise, ablations variant beside
+the paper, mechanism noise x part, ood policy x axis, a tuning arm x setting.
 
 Links such as [`mirror`](03_step_loss.py#L56) get the line on which that name is defined.
 tests/test_readme.py fails while a page differs from what this script would write.
@@ -106,7 +106,7 @@ def table(pattern, specs):
     columns = [spec for spec in specs if not re.match("where |mean (row|only)$", spec)]
     if not columns:
         shapes = {"ood": axes_table, "phase": phase_table, "phase_robot": phase_table,
-                  "ablations": ablation_table}
+                  "ablations": ablation_table, "mechanism": mechanism_table}
         return shapes.get(Path(pattern).stem, grid_table)(rows)
     cells = [] if "mean only" in specs else [[cell(row, spec) for spec in columns] for row in rows]
     mean = {"mean row", "mean only"} & set(specs)
@@ -122,8 +122,8 @@ def points(low, mean, high):
 
 
 def ablation_table(rows):
-    """Every variant: mean ± half of the 95 % interval, the difference to the first of its figure in
-    points, the paper's numbers, and whether the interval says the same."""
+    """Every variant: mean ± half of the 95 % interval, difference to the first of its figure in
+    points, the paper's number, and whether the interval says the same."""
     return [[row["figure"], f"`{row['variant']}`", row["lr"], plus_minus(row),
              "–" if np.isnan(row["gain"]) else points(row["low"], row["gain"], row["high"]),
              "–" if row["paper"] is None else f"{row['paper']:g}", row["verdict"] or "–"]
@@ -152,23 +152,41 @@ def phase_table(rows):
     return cells
 
 
+def mechanism_table(rows):
+    """Noise levels: the three shares of the endpoint's residual at each step, mean over clones, and
+    the share of failures at which its pull turns to push, median over clones, before the last."""
+    rows, cells = [row for row in rows if row["target"] == "endpoint"], []
+    for noise in dict.fromkeys(row["noise_level"] for row in rows):
+        steps = [[row for row in rows if (row["noise_level"], row["step"]) == (noise, str(k))]
+                 for k in range(figures.K)]
+        cells.append([noise, *(", ".join(
+            f"{np.mean([float(row[part]) for row in own]):.2f}".lstrip("0") for own in steps)
+            for part in ("systematic", "own", "later")), ", ".join(
+            f"{np.median([float(row['crossing']) for row in own]):.2f}".lstrip("0")
+            for own in steps[:-1])])
+    return cells
+
+
 def grid_table(rows):
-    """A tuning: each setting's mean over the seeds that it played, and how many these were."""
-    arms = [n for n in ("variant", "target", "algo", "noise_level") if n in rows[0]]
-    settings = [n for n in ("lr", "ema", "noise_level", "target_kl") if n in rows[0]]
-    if "algo" in arms:
-        arms.remove("noise_level")
-    else:
-        settings = [n for n in settings if n != "noise_level"]
-    cells, keys = [], dict.fromkeys(tuple(row[n] for n in settings) for row in rows)
-    for arm in dict.fromkeys(tuple(row[n] for n in arms) for row in rows):
-        own = {key: [float(r["after"]) for r in rows if tuple(r[n] for n in arms) == arm
-                     and tuple(r[n] for n in settings) == key] for key in keys}
-        most = max(map(len, own.values()))
-        best = max((np.mean(v) for v in own.values() if len(v) == most), default=None)
-        cells.append([" ".join(arm), *(
-            "–" if not v else f"{'**' * (len(v) == most and np.mean(v) == best)}{np.mean(v):.3f}"
-            f"{'**' * (len(v) == most and np.mean(v) == best)} ({len(v)})" for v in own.values())])
+    """A tuning, a row for each arm: every setting's mean over the seeds that it played, and how
+    many these were; the one that was taken, the best of those that played them all, is bold."""
+    arm = next(names for names in (("algo",), ("variant",), ("target", "noise_level"))
+               if set(names) <= set(rows[0]))
+    setting = [name for name in ("ema", "target_kl", "noise_level", "lr")
+               if name in rows[0] and name not in arm and arm != ("variant",) or name == "lr"]
+
+    def values(names, row):
+        return tuple(row[name] for name in names)
+
+    columns, cells = dict.fromkeys(values(setting, row) for row in rows), []
+    for which in dict.fromkeys(values(arm, row) for row in rows):
+        own = [[float(row["after"]) for row in rows
+                if (values(arm, row), values(setting, row)) == (which, column)]
+               for column in columns]
+        taken = max(own, key=lambda after: (len(after), np.mean(after or 0)))
+        shown = [f"{np.mean(after):.3f} ({len(after)})" if after else "–" for after in own]
+        cells.append([" ".join(which), *(f"**{text}**" if after is taken else text
+                                         for after, text in zip(own, shown))])
     return cells
 
 

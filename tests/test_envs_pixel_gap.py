@@ -35,7 +35,7 @@ def gap_seen(rgb):
 
 def test_the_picture_shows_where_the_gap_is():
     world = PixelGap()
-    world.change(textures="unseen", gaps="unseen")
+    world.change({"textures": "unseen", "gaps": "unseen"})
     obs = world.reset(SEEDS)
     assert np.abs(gap_seen(obs["rgb"]) - world.gap_y).max() < 0.06
 
@@ -43,7 +43,7 @@ def test_the_picture_shows_where_the_gap_is():
 def test_who_reads_the_gap_off_the_picture_solves_every_variant():
     for _, variant, changes in pixel_gap.VARIANTS:
         world = PixelGap()
-        world.change(**changes)
+        world.change(changes)
 
         def act(obs):
             state = np.column_stack([obs["state"].numpy(), gap_seen(obs["rgb"])])
@@ -72,7 +72,7 @@ def test_the_variants_change_what_they_say_and_nothing_else():
     seen = textures_of(base["rgb"])
     trained_gaps = {pixel_gap.gap_of(scene) for scene in range(64)}
     for _, variant, changes in pixel_gap.VARIANTS[1:]:
-        world.change(**changes)
+        world.change(changes)
         other = world.reset(SEEDS)
         new_textures, new_gaps = ("textures" in variant), ("gaps" in variant)
         assert bool(textures_of(other["rgb"]) & seen) != new_textures, variant
@@ -85,7 +85,7 @@ def test_the_variants_change_what_they_say_and_nothing_else():
             assert farther.min() >= 0.8 and farther.max() <= 1 and world.position[0, 0] == -0.8
         else:
             np.testing.assert_array_equal(world.position, positions)
-    world.change()
+    world.change({})
     assert torch.equal(world.reset(SEEDS)["rgb"], base["rgb"])              # as in training again
 
 
