@@ -129,7 +129,7 @@ def ppo_update(policy, critic, optimizer, batch, *, epochs, minibatch, clip=0.2,
             info = {"loss": loss, "clipped": ((ratio - 1).abs() > clip).float().mean(),
                     "approx_kl": kl, "resting": torch.tensor(float(resting))}
             if resting and not critic:
-                return nft.mean_info(infos + [info])
+                return nft.mean_info(infos)
             loss = 0 if resting else loss
             if critic:
                 elapsed, returns = (batch[name][rows].to(ctx.device)
@@ -281,8 +281,8 @@ def parse_args(argv=None):
     """All flags, checked; fills in what depends on the task."""
     parser = flow.Parser(__doc__)
     add = parser.add_argument
-    add("--task", default="PickCube-v1", choices=[*maniskill.TASKS, "PixelGap"],
-        help="of ManiSkill, or the toy world seen through a camera, with defaults of its own")
+    add("--task", default="PickCube-v1", help=f"{', '.join(maniskill.TASKS)}; or PixelGap, the toy "
+        "world seen through a camera, which has defaults of its own")
     add("--obs", default="state", choices=["state", "rgb"],
         help="offsets of objects and goals, or a camera (needs a Vulkan driver); and the hand")
     add("--algo", default="stepnft", choices=["stepnft", "ppo", "grpo"],

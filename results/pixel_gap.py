@@ -179,10 +179,11 @@ def matched(a, b):
     return at[0] - at[1]
 
 
-def at_end(a, b, names):
-    """The last evaluation of a minus that of b."""
+def at_end(a, b, names, other_names=None):
+    """The last evaluation of a minus that of b, means of these columns."""
     last = [max(rows, key=lambda row: int(row["iteration"])) for rows in (a, b)]
-    return np.subtract(*(np.mean([float(row[name]) for name in names]) for row in last))
+    return np.subtract(*(np.mean([float(row[name]) for name in columns])
+                         for row, columns in zip(last, (names, other_names or names))))
 
 
 def runs_of(rows):
@@ -213,6 +214,22 @@ def verdicts(rows):
                               "high": float(mean + half),
                               "verdict": supported if (difference, scenes) == (
                                   matched, str(SCENES)) else ""})
+        found += critic_overfits({key[2]: run for key, run in runs.items()
+                                  if key[:2] == ("ppo", scenes)}, scenes)
+    return found
+
+
+def critic_overfits(runs, scenes):
+    """The manipulation check: what PPO's critic explains, less from here to there, at the end."""
+    found = []
+    for a, b in (("trained", "fresh"), ("fresh", "unseen")):
+        lost = [at_end(run, run, [f"critic_{a}"], [f"critic_{b}"]) for run in runs.values()]
+        if len(lost) > 1:
+            half = study.half_interval(lost)
+            found.append({"comparison": "critic of ppo", "measure": f"explains {a} - {b}",
+                          "scenes": scenes, "seeds": len(lost), "mean": float(np.mean(lost)),
+                          "low": float(np.mean(lost) - half), "high": float(np.mean(lost) + half),
+                          "verdict": "overfits" if np.mean(lost) > half else "does not show"})
     return found
 
 
@@ -307,8 +324,8 @@ def main():
     (args.out / "verdicts.csv").unlink(missing_ok=True)
     for row in found:
         nft.log_row(args.out / "verdicts.csv", row)
-        print("{comparison:<15} {measure:<38} {scenes:>4} scenes, {seeds} seeds: {mean:+.1f} "
-              "[{low:+.1f}, {high:+.1f}] {verdict}".format(**row))
+        print("{comparison:<15} {measure:<38} {scenes:>4} scenes, {seeds} seeds: {mean:+.2f} "
+              "[{low:+.2f}, {high:+.2f}] {verdict}".format(**row))
     draw(rows, args.out / "pixel_gap.png")
     print(f"RESULT runs={len(jobs) + len(dose_jobs)} saved={args.out}/verdicts.csv "
           f"seconds={time.time() - start:.0f}")

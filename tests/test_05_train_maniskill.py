@@ -222,7 +222,7 @@ def test_too_far_from_the_old_policy_grpo_stops(monkeypatch):
 def learn(monkeypatch, algo, success, batch, policy, **flags):
     """PPO.learn without its update -> the batch that it would have learned from."""
     args = SimpleNamespace(algo=algo, seed=0, device="cpu", epochs=1, minibatch=9, group_size=2,
-                           max_steps=10, horizon=3, num_steps=4, noise_level=0.3)
+                           max_steps=10, horizon=3, num_steps=4, noise_level=0.3, target_kl=0.05)
     method = mani.make_method(args, policy)
     seen = []
     monkeypatch.setattr(mani, "ppo_update", lambda policy, critic, optimizer, batch, **options:

@@ -79,6 +79,20 @@ def test_a_verdict_follows_the_rule_that_was_fixed(gain, spread, verdict):
     assert row["verdict"] == verdict
 
 
+@pytest.mark.parametrize("lost, verdict", [([0.3, 0.35, 0.4], "overfits"),
+                                           ([-0.3, 0.1, 0.4], "does not show")])
+def test_the_critic_overfits_if_it_explains_less_elsewhere(lost, verdict):
+    runs = {str(s): [{**row, "critic_fresh": str(0.1 + x), "critic_unseen": "0.1"}
+                     for row in run_rows([0.5], [0.5], seed=str(s))] for s, x in enumerate(lost)}
+    rows, scenes = pixel_gap.critic_overfits(runs, "64"), pixel_gap.critic_overfits(runs, "64")[1]
+    assert [row["measure"] for row in rows] == ["explains trained - fresh",
+                                                "explains fresh - unseen"]
+    interval = stats.ttest_1samp(lost, 0).confidence_interval(0.95)
+    assert (scenes["mean"], scenes["low"], scenes["high"]) == pytest.approx(
+        (np.mean(lost), interval.low, interval.high))
+    assert scenes["verdict"] == verdict
+
+
 # ------------------------------------------------------------------------------------------------
 # A run
 
@@ -161,7 +175,7 @@ def test_the_study_tiny_and_again(tmp_path, monkeypatch, capsys):
             starts.setdefault(row["seed"], set()).add(tuple(row[c] for c in pixel_gap.CONDITIONS))
     assert len(starts) == 2 and all(len(same) == 1 for same in starts.values())
     assert {row["comparison"] for row in files["verdicts"]} == {
-        "stepnft - ppo", "grpo - ppo", "stepnft - grpo"}
+        "stepnft - ppo", "grpo - ppo", "stepnft - grpo", "critic of ppo"}
     assert "RESULT runs=10" in told and (tmp_path / "out/pixel_gap.png").stat().st_size > 1e4
     monkeypatch.setattr(pixel_gap, "run", None)                           # all of it is there
     assert "RESULT runs=10" in study_in(tmp_path, monkeypatch, capsys)
