@@ -106,7 +106,8 @@ def table(pattern, specs):
     columns = [spec for spec in specs if not re.match("where |mean (row|only)$", spec)]
     if not columns:
         shapes = {"ood": axes_table, "phase": phase_table, "phase_robot": phase_table,
-                  "ablations": ablation_table, "mechanism": mechanism_table}
+                  "ablations": ablation_table, "mechanism": mechanism_table,
+                  "centred": centred_table}
         return shapes.get(Path(pattern).stem, grid_table)(rows)
     cells = [] if "mean only" in specs else [[cell(row, spec) for spec in columns] for row in rows]
     mean = {"mean row", "mean only"} & set(specs)
@@ -164,6 +165,22 @@ def mechanism_table(rows):
             for part in ("systematic", "own", "later")), ", ".join(
             f"{np.median([float(row['crossing']) for row in own]):.2f}".lstrip("0")
             for own in steps[:-1])])
+    return cells
+
+
+def centred_table(rows):
+    """Target and noise: mean ± half of the 95 % interval with labels ±1 and with centred ones, and
+    the difference, paired by seed, in points."""
+    cells = []
+    for target, noise in dict.fromkeys((row["target"], row["noise_level"]) for row in rows):
+        one, group = ({row["seed"]: float(row["after"]) for row in rows if (
+            row["target"], row["noise_level"], row["group_size"]) == (target, noise, size)}
+            for size in ("1", "8"))
+        means = [{"after": np.mean(list(own.values())),
+                  "half": study.half_interval(list(own.values()))} for own in (one, group)]
+        gain, low, high = study.difference(group, one)
+        cells.append([figures.TARGETS[target][0], noise, *map(plus_minus, means),
+                      points(low, gain, high)])
     return cells
 
 

@@ -215,6 +215,21 @@ def test_too_far_from_the_old_policy_grpo_stops(monkeypatch):
     assert "value_loss" not in info
 
 
+def test_the_critics_gradient_does_not_shorten_the_policys():
+    """The same batch with a critic that is far off and without one: the policy moves alike."""
+    policy, batch = flow_sde_batch()
+    batch["returns"], moved = 100 * batch["returns"], []
+    for critic in (None, mani.Critic(5)):
+        learner = copy.deepcopy(policy)
+        modules = [learner] + ([critic] if critic else [])
+        optimizer = torch.optim.SGD([p for m in modules for p in m.parameters()], lr=0.1)
+        torch.manual_seed(1)
+        mani.ppo_update(learner, critic, optimizer, batch, epochs=1, minibatch=40, grad_clip=0.01)
+        moved.append(torch.cat([p.detach().flatten() for p in learner.parameters()]))
+    torch.testing.assert_close(*moved)
+    assert not torch.equal(moved[0], torch.cat([p.flatten() for p in policy.parameters()]))
+
+
 # ------------------------------------------------------------------------------------------------
 # Advantages
 

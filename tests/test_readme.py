@@ -21,7 +21,7 @@ README = PAGES["README.md"]
 REPORTS = sorted(set(PAGES) - {"README.md", "results/benchmark_width/README.md"})
 SCRIPTS = sorted(path.name for path in ROOT.glob("0*.py"))
 OTHERS = ["results/ablations.py", "results/experts.py", "results/figures.py",
-          "results/notebooks.py"]
+          "results/mechanism.py", "results/notebooks.py", "results/pixel_gap.py"]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -85,7 +85,7 @@ def commands(pages=PAGES):
 def test_there_is_something_to_check():
     assert len(set(commands(["README.md"]))) >= 15
     assert {script for script, _ in commands(["README.md"])} >= set(SCRIPTS)
-    assert len(set(commands())) >= 30 and len(REPORTS) == 6
+    assert len(set(commands())) >= 30 and len(REPORTS) == 7
 
 
 @pytest.mark.parametrize("script, flags", sorted(set(commands())))
