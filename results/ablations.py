@@ -24,7 +24,7 @@ Run:     python results/ablations.py               (368 runs, about 10 s each on
          python results/ablations.py default loss-weighted --seeds 3 --lr 3e-4
          python results/ablations.py --list        (the names, with the paper's numbers)
 Saves:   results/ablations/{ablations.csv, ablations_tuning.csv, ablations.png}, or
-         {phase.csv, phase_tuning.csv}, or phase_robot.csv
+         {phase.csv, phase_tuning.csv}, or phase_robot.csv; and verdicts.csv, from all of them
 """
 
 import argparse
@@ -342,6 +342,22 @@ def show_phase(table):
               f"{row['seeds']:5d} {rates} {gains}")
 
 
+def verdicts(folder):
+    """Every paired difference of the csv files in a folder, in success -> verdicts.csv."""
+    found = [(f"{name}: next - {row['target']}, noise {row['noise_level']}", row)
+             for name in ("phase", "phase_robot")
+             for row in phase_table(study.read(folder / f"{name}.csv"))]
+    found += [(f"{row['figure']}: {row['variant']} - {next(iter(FIGURES[row['figure']]))}", row)
+              for row in summarise(study.read(folder / "ablations.csv"))]
+    (folder / "verdicts.csv").unlink(missing_ok=True)
+    for comparison, row in found:
+        if not np.isnan(row["gain"]):
+            nft.log_row(folder / "verdicts.csv", {
+                "comparison": comparison, "seeds": row["seeds"], "mean": float(row["gain"]),
+                "low": float(row["low"]), "high": float(row["high"]),
+                "verdict": row.get("verdict", "")})
+
+
 def draw(table, path):
     """A panel for each figure: bars with 95 % intervals, a dot for each seed, the paper's value."""
     figures = list(dict.fromkeys(row["figure"] for row in table))
@@ -424,6 +440,7 @@ def main():
                 for target in nft.TARGETS]
         study.collect(jobs, run_robot, args.out / "phase_robot.csv")
         show_phase(phase_table(study.rows_of(jobs, args.out / "phase_robot.csv")))
+        verdicts(args.out)
         return print(f"RESULT runs={len(jobs)} saved={args.out}/phase_robot.csv "
                      f"seconds={time.time() - start:.0f}")
     size = {"iterations": args.iterations, "episodes": args.episodes}
@@ -450,6 +467,7 @@ def main():
     else:
         show(summarise(rows))
         draw(summarise(rows), args.out / "ablations.png")
+    verdicts(args.out)
     print(f"RESULT arms={len(arms)} runs={len(rows)} saved={args.out}/{name}.csv "
           f"seconds={time.time() - start:.0f}")
 

@@ -169,8 +169,8 @@ def mechanism_table(rows):
 
 
 def centred_table(rows):
-    """Target and noise: mean ± half of the 95 % interval with labels ±1 and with centred ones, and
-    the difference, paired by seed, in points."""
+    """Target and noise: mean ± half of the 95 % interval with labels ±1, with centred ones, and
+    their difference, paired by seed, in points."""
     cells = []
     for target, noise in dict.fromkeys((row["target"], row["noise_level"]) for row in rows):
         one, group = ({row["seed"]: float(row["after"]) for row in rows if (
