@@ -105,6 +105,9 @@ def table(pattern, specs):
         rows = [row for row in rows if row[name] in value.split(",")]
     columns = [spec for spec in specs if not re.match("where |mean (row|only)$", spec)]
     if not columns:
+        if "pixel_gap" in pattern:
+            return {"verdicts": gap_verdicts, "main": gap_table,
+                    "tuning": gap_tuning}[Path(pattern).stem](rows)
         shapes = {"ood": axes_table, "phase": phase_table, "phase_robot": phase_table,
                   "ablations": ablation_table, "mechanism": mechanism_table,
                   "centred": centred_table}
@@ -168,6 +171,49 @@ def mechanism_table(rows):
     return cells
 
 
+def gap_verdicts(rows):
+    """verdicts.csv of PixelGap: success differences in points, explained variance as it is."""
+    return [[row["comparison"].replace("stepnft", "π-StepNFT").replace("ppo", "PPO").replace(
+        "grpo", "GRPO"), row["measure"], row["scenes"], row["seeds"],
+        "{:+.{n}f} [{:+.{n}f},&nbsp;{:+.{n}f}]".format(
+            *(float(row[name]) for name in ("mean", "low", "high")),
+            n=2 if "critic" in row["comparison"] else 1), row["verdict"] or "–"] for row in rows]
+
+
+def gap_table(rows):
+    """main.csv of PixelGap: success of the clone and of each method at the end, mean ± 95 %."""
+    first, last = min, max
+    iterations = [int(row["iteration"]) for row in rows]
+    cells = []
+    for name, algo, when in (("SFT", "stepnft", first), *((figures.NAMES[a], a, last) for a in (
+            "stepnft", "ppo", "grpo"))):
+        own = [row for row in rows if row["algo"] == algo
+               and int(row["iteration"]) == when(iterations)]
+        shown = [[float(row[c]) for row in own] for c in ("id", "textures", "gaps", "both",
+                                                          "starts")]
+        cells.append([name, *(plus_minus({"after": np.mean(values),
+                                          "half": study.half_interval(values)})
+                              for values in shown)])
+    return cells
+
+
+def gap_tuning(rows):
+    """tuning.csv of PixelGap: the settings of each method, best first."""
+    columns = []
+    for algo in ("stepnft", "ppo", "grpo"):
+        own = [row for row in rows if row["algo"] == algo]
+        names = [n for n in ("lr", "noise_level", "ema", "target_kl") if any(r[n] for r in own)]
+        found = {}
+        for row in own:
+            found.setdefault(tuple(row[n] for n in names), []).append(float(row["after"]))
+        ranked = sorted(found.items(), key=lambda kv: (-len(kv[1]), -np.mean(kv[1])))
+        columns.append([(f"lr {float(key[0]):.0e}".replace("e-0", "e-") + f", noise {key[1]}, "
+                         f"{'EMA' if algo == 'stepnft' else 'KL'} {key[2]}",
+                         f"{'**' * (i == 0)}{np.mean(values):.3f}{'**' * (i == 0)} "
+                         f"({len(values)})") for i, (key, values) in enumerate(ranked)])
+    return [[text for pair in row for text in pair] for row in zip(*columns)]
+
+
 def centred_table(rows):
     """Target and noise: mean ± half of the 95 % interval with labels ±1, with centred ones, and
     their difference, paired by seed, in points."""
@@ -187,16 +233,14 @@ def centred_table(rows):
 def grid_table(rows):
     """A tuning, a row for each arm: every setting's mean over the seeds that it played, and how
     many these were; the one that was taken, the best of those that played them all, is bold."""
-    arm = next(names for names in (("algo",), ("variant",), ("target", "noise_level"))
-               if set(names) <= set(rows[0]))
-    setting = [name for name in ("ema", "target_kl", "noise_level", "lr")
-               if name in rows[0] and name not in arm and arm != ("variant",) or name == "lr"]
+    arm = ("variant",) if "variant" in rows[0] else ("target", "noise_level")
+    setting = [name for name in ("ema", "lr") if name in rows[0]]
 
     def values(names, row):
         return tuple(row[name] for name in names)
 
-    columns, cells = dict.fromkeys(values(setting, row) for row in rows), []
-    for which in dict.fromkeys(values(arm, row) for row in rows):
+    columns, cells = sorted({values(setting, row) for row in rows}), []
+    for which in sorted({values(arm, row) for row in rows}):
         own = [[float(row["after"]) for row in rows
                 if (values(arm, row), values(setting, row)) == (which, column)]
                for column in columns]
