@@ -198,7 +198,6 @@ def test_tables_are_those_of_the_csv(page):
 def test_result_numbers_by_hand():
     """The same once more, without that script's formatting: SFT and after, row by row."""
     for folder, page in (("03_step_loss", "results/03_step_loss/README.md"),
-                         ("05_train_maniskill", "README.md"),
                          ("05_train_maniskill", "results/05_train_maniskill/README.md")):
         for row in tables.read(ROOT / f"results/{folder}/summary.csv"):
             script, flags = row["command"].split(" ", 1)
@@ -217,6 +216,32 @@ def test_the_mean_of_the_toy_by_hand():
     cells = [float(part) for part in line.split("|")[2:4]]
     assert cells == pytest.approx([np.mean([float(row[name]) for row in rows])
                                    for name in ("sft", "stepnft")], abs=6e-4)
+
+
+def paired(path, after, before):
+    """Mean, low and high of a difference of success in points: two sets of rows, named by their
+    entries, with eight seeds. 2.3646: t of seven degrees of freedom, 0.975."""
+    rows = tables.read(ROOT / path)
+    values = [{row["seed"]: 100 * float(row["after"]) for row in rows
+               if names.items() <= row.items()} for names in (after, before)]
+    gains = [values[0][seed] - values[1][seed] for seed in map(str, range(8))]
+    mean, half = np.mean(gains), 2.3646 * np.std(gains, ddof=1) / 8**0.5
+    return f"{mean:+.1f}", f"{mean - half:+.1f}", f"{mean + half:+.1f}"
+
+
+def test_the_title_by_hand():
+    report = PAGES["results/ablations/README.md"]
+    for noise in ("0.1", "0.5"):
+        found = paired("results/ablations/phase.csv", *(
+            {"target": target, "noise_level": noise} for target in ("next", "endpoint")))
+        line, = [text for text in report.split("\n") if text.startswith("| next step - endpoint")]
+        assert "{} [{},&nbsp;{}]".format(*found) in line
+    assert "{} [{}, {}]".format(*found) in README
+    for noise in ("0.5", "0.2"):
+        found = paired("results/ablations/centred.csv", *(
+            {"target": target, "noise_level": noise, "group_size": "8"}
+            for target in ("next", "endpoint")))
+        assert "{} [{}, {}]".format(*found) in report
 
 
 def test_ood_numbers_by_hand():
