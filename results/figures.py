@@ -333,7 +333,7 @@ def phase(folder):
         ax.set_visible(bool(table))
     axes[0].set_ylabel("success after RL")
     residual(axes[2], folder / "mechanism.csv")
-    pull(axes[3], read(folder / "pull.csv"))
+    pull(axes[3], folder / "mechanism.csv")
     save(fig, "phase")
 
 
@@ -355,11 +355,12 @@ def residual(ax, path, noise="0.5"):
     ax.legend(fontsize=8, loc="upper left", handlelength=1.2, ncols=3, columnspacing=1)
 
 
-def pull(ax, rows):
+def pull(ax, path):
     """Where the labels of a clone's episodes push it along the endpoint's systematic part: mean of
     the steps before the last, over starts; a thin line for each clone."""
+    rows = [row for row in read(path) if row["pull"]]
     x = list(dict.fromkeys(row["noise_level"] for row in rows))
-    curves = np.array([[np.mean([float(row[f"pull_{k}"]) for row in rows for k in range(K - 1)
+    curves = np.array([[np.mean([float(row["pull"]) for row in rows
                                  if (row["noise_level"], row["seed"]) == (a, seed)]) for a in x]
                        for seed in dict.fromkeys(row["seed"] for row in rows)])
     x = [float(a) for a in x]

@@ -18,11 +18,12 @@ hangs on the noise of one chunk, which is what is measured. Where it crosses 0 t
 turns from pulling the policy where it goes anyway to pushing it away.
 
 Run:     python results/mechanism.py                (about two minutes on one core)
-Saves:   results/ablations/{mechanism.csv, pull.csv}
+Saves:   results/ablations/mechanism.csv
 """
 
 import importlib
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,15 +106,14 @@ def crossing(failures, pulls):
 
 
 def main():
-    parser = flow.Parser(__doc__)
+    parser, start = flow.Parser(__doc__), time.time()
     parser.add_argument("--seeds", type=flow.positive_int, default=8, help="clones of 01")
     parser.add_argument("--starts", type=flow.positive_int, default=64, help="test starts of each")
     parser.add_argument("--out", type=Path, default="results/ablations", help="folder of the csv")
     args = parser.parse_args()
     parser.make_folder("--out", args.out)
     torch.set_num_threads(1)
-    for name in ("mechanism.csv", "pull.csv"):
-        (args.out / name).unlink(missing_ok=True)
+    (args.out / "mechanism.csv").unlink(missing_ok=True)
     starts = flow.episode_seeds("test", args.starts)
     obs = flow.GapWorld().reset(starts)
     for seed in tqdm(range(args.seeds), desc="clones", disable=None):
@@ -125,18 +125,14 @@ def main():
             for k in range(K):
                 for target in nft.TARGETS:
                     parts = shares(policy, ctx, path.x[:, k], k, noise_level, target)
-                    nft.log_row(args.out / "mechanism.csv", {
-                        "seed": seed, "noise_level": noise_level, "step": k, "target": target,
-                        **dict(zip(("systematic", "own", "later"), parts)),
-                        # in the last step hardly anything is systematic
-                        "crossing": crossing(failures, pulls[:, k])
-                        if target == "endpoint" and k < K - 1 else ""})
-            for start, share, row in zip(starts, failures, pulls):
-                nft.log_row(args.out / "pull.csv", {
-                    "seed": seed, "noise_level": noise_level, "start": start,
-                    "failures": float(share),
-                    **{f"pull_{k}": float(value) for k, value in enumerate(row)}})
-    print(f"RESULT saved={args.out}/mechanism.csv and pull.csv")
+                    row = {"seed": seed, "noise_level": noise_level, "step": k, "target": target,
+                           **dict(zip(("systematic", "own", "later"), parts)),
+                           "failures": float(failures.mean()), "pull": "", "crossing": ""}
+                    if target == "endpoint" and k < K - 1:  # later hardly anything is systematic
+                        row |= {"pull": float(pulls[:, k].mean()),
+                                "crossing": float(crossing(failures, pulls[:, k]))}
+                    nft.log_row(args.out / "mechanism.csv", row)
+    print(f"RESULT saved={args.out}/mechanism.csv seconds={time.time() - start:.0f}")
 
 
 if __name__ == "__main__":
