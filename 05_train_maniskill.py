@@ -16,7 +16,7 @@ that differ from the paper's, because a few demos and two CPU cores are not a GP
 denoising steps of a chunk are trained on; labels are centred on the 8 episodes from one start;
 noise 0.3; the old policy follows quickly. Each is a flag. Left out: the vision-language backbone.
 
-Run:     python 05_train_maniskill.py                       (4 to 8 minutes on two CPU cores)
+Run:     python 05_train_maniskill.py                       (5 to 9 minutes on two CPU cores)
          python 05_train_maniskill.py --task PutOnPad-v1 --num-demos 40 --sft-steps 3000
              --lr 3e-5 --dpo-beta 0.1 --eval-ood     (one line; 1000 SFT steps are too few)
          python 05_train_maniskill.py --task PixelGap --algo ppo --eval-ood      (a minute)
@@ -111,7 +111,7 @@ def ppo_update(policy, critic, optimizer, batch, *, epochs, minibatch, clip=0.2,
 
     batch["y"] holds the advantages; with a critic also batch["returns"] and batch["elapsed"].
     critic=None is GRPO. Once a minibatch is further than target_kl from the old policy, the policy
-    rests and only the critic goes on: untrained, it would send the first iteration anywhere.
+    rests and only the critic goes on: it starts untrained, and would misdirect the next update.
     """
     resting = False
     infos = []

@@ -314,26 +314,26 @@ def phase(folder):
     if not (folder / "phase.csv").exists():
         return skipped("phase", "ablations/phase.csv")
     robot_rows = read(folder / "phase_robot.csv") if (folder / "phase_robot.csv").exists() else []
-    fig, axes = plt.subplots(2, 2, figsize=(9.6, 5.8))
-    axes = axes.flat
-    for ax, rows, title in ((axes[0], read(folder / "phase.csv"), "toy world, each tuned"),
-                            (axes[1], robot_rows, "PickCube, from shared clones")):
+    fig, axes = plt.subplots(*((2, 2) if robot_rows else (1, 3)),
+                             figsize=(9.6, 5.8 if robot_rows else 3.2))
+    axes, shown = axes.flat, [(read(folder / "phase.csv"), "toy world, each tuned")]
+    shown += [(robot_rows, "PickCube, from shared clones")] * bool(robot_rows)
+    for ax, (rows, title) in zip(axes, shown):
         table = ablations.phase_table(rows)
-        for target, (name, color, style) in TARGETS.items():
+        for i, (target, (name, color, style)) in enumerate(TARGETS.items()):
             own = [row for row in table if row["target"] == target]
-            x = [float(row["noise_level"]) for row in own]
+            x = [float(row["noise_level"]) + 0.007 * (i - 1) for row in own]  # side by side
             ax.errorbar(x, [row["after"] for row in own], [row["half"] for row in own], fmt=style,
                         color=color, ms=4, lw=1.6, capsize=2, label=name if own else None)
-        if table:
-            ax.axhline(np.mean([row["sft"] for row in table]), color=GREY, ls="-.", lw=1)
-            ax.text(0.42, table[0]["sft"] - 0.01, "SFT", color=GREY, va="top", fontsize=8)
-            seeds = f"{table[0]['seeds']} seeds"
-            ax.set(title=f"{title}, {seeds}", xlabel="noise level a", ylim=(0, 1))
-            ax.legend(fontsize=8, loc="lower left", handlelength=2)
-        ax.set_visible(bool(table))
+        ax.axhline(np.mean([row["sft"] for row in table]), color=GREY, ls="-.", lw=1)
+        ax.text(0.42, table[0]["sft"] - 0.01, "SFT", color=GREY, va="top", fontsize=8)
+        seeds = table[0]["seeds"]
+        ax.set(title=f"{title}, {seeds} seed{'s' * (seeds > 1)}", xlabel="noise level a",
+               ylim=(0, 1))
+        ax.legend(fontsize=8, loc="lower left", handlelength=2)
     axes[0].set_ylabel("success after RL")
-    residual(axes[2], folder / "mechanism.csv")
-    pull(axes[3], folder / "mechanism.csv")
+    residual(axes[-2], folder / "mechanism.csv")
+    pull(axes[-1], folder / "mechanism.csv")
     save(fig, "phase")
 
 
@@ -367,9 +367,8 @@ def pull(ax, path):
     ax.plot(x, curves.T, color=ORANGE, lw=0.7, alpha=0.4)
     ax.plot(x, curves.mean(0), "s--", color=ORANGE, ms=4, lw=1.6, label="endpoint")
     ax.axhline(0, color=BLUE, lw=1.6, label="next step: nothing systematic")
-    ax.text(0.06, -0.06, "push: most episodes fail", color=GREY, va="top", fontsize=8)
-    ax.set(title="pull along the systematic part", xlabel="noise level a", ylim=(-0.8, 0.4),
-           ylabel="+1: all episodes succeed")
+    ax.set(title="where labels pull, steps 0 to 2; thin: each clone", xlabel="noise level a",
+           ylim=(-0.8, 0.45), ylabel="pull (+1) or push (-1)")
     ax.legend(fontsize=8, loc="lower left", handlelength=2)
 
 

@@ -248,7 +248,8 @@ def draw(rows, path):
             own = [run for (name, scenes, _), run in runs_of(rows).items()
                    if (name, scenes) == (algo, str(SCENES))]
             name = figures.NAMES[algo]
-            style = {"color": figures.POLICY_COLORS[name], "label": name}
+            style = {"color": figures.POLICY_COLORS[name], "label": name,
+                     "ls": dict(zip(ALGOS, ("-", "--", ":")))[algo]}
             x = sorted({int(row["iteration"]) for row in own[0]})
             means = {}
             for ax, what, columns in ((axes[0], "id", ["id"]), (axes[1], "OOD", OOD)):
@@ -256,21 +257,23 @@ def draw(rows, path):
                                    for run in own])
                 band(ax, x, curves, **style)
                 means[what] = curves.mean(0)
-            axes[2].plot(means["id"], means["OOD"], ".-", **style)
+            axes[2].plot(means["id"], means["OOD"], marker=".", **style)
             if algo == "ppo":
-                for column, shade in (("trained", 1), ("fresh", 0.6), ("unseen", 0.3)):
+                for column, line in (("trained", "-"), ("fresh", "--"), ("unseen", ":")):
                     values = np.array([[float(row[f"critic_{column}"] or "nan") for row in run]
                                        for run in own])
                     name = {"trained": "rows it trained on", "fresh": "fresh starts",
                             "unseen": "unseen scenes"}[column]
-                    axes[3].plot(x[1:], np.median(values[:, 1:], 0), color=style["color"],
-                                 alpha=shade, label=name)
+                    axes[3].plot(x[1:], np.median(values[:, 1:], 0), line, label=name,
+                                 color=style["color"])
         for ax, title, x, y in zip(
                 axes, ("in distribution", "out of distribution", "one against the other",
                        "what PPO's critic explains"),
                 ("iterations", "iterations", "in distribution", "iterations"),
                 ("success", "success", "out of distribution", "explained variance, median")):
             ax.set(title=title, xlabel=x, ylabel=y)
+            if x == "iterations" and y == "success":
+                ax.set_ylim(0, 1)
             ax.legend(fontsize=8)
         fig.savefig(path)
         plt.close(fig)
