@@ -314,6 +314,8 @@ def phase(folder):
     if not (folder / "phase.csv").exists():
         return skipped("phase", "ablations/phase.csv")
     robot_rows = read(folder / "phase_robot.csv") if (folder / "phase_robot.csv").exists() else []
+    if min((row["seeds"] for row in ablations.phase_table(robot_rows)), default=0) < 2:
+        robot_rows = []  # a single seed has no interval to draw
     fig, axes = plt.subplots(*((2, 2) if robot_rows else (1, 3)),
                              figsize=(9.6, 5.8 if robot_rows else 3.2))
     axes, shown = axes.flat, [(read(folder / "phase.csv"), "toy world, each tuned")]
