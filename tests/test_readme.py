@@ -109,7 +109,7 @@ def test_flags_named_alone_exist(parsed):
     assert len(named) > 20
     for piece in named:
         for flag in re.findall(r"--[a-z][a-z-]+", piece):
-            assert flag in known | {"--nproc-per-node", "--help", "--record"}, piece
+            assert flag in known | {"--nproc-per-node", "--help", "--record", "--phase"}, piece
 
 
 @pytest.mark.parametrize("first", ["python3 -m venv", ".venv/bin/torchrun"])
