@@ -245,7 +245,7 @@ def test_the_title_by_hand():
 
 
 def test_ood_numbers_by_hand():
-    """PutOnPad: pooled rates in distribution, the paired difference to PPO out of it, in the text."""
+    """PutOnPad: pooled rates in distribution, and the paired difference to PPO out of it."""
     rows = tables.read(ROOT / "results/05_train_maniskill/ood.csv")
     report = PAGES["results/05_train_maniskill/README.md"]
     told = []
