@@ -22,7 +22,8 @@ Run:     python 05_train_maniskill.py                       (5 to 9 minutes on t
          python 05_train_maniskill.py --task PixelGap --algo ppo --eval-ood      (a minute)
          python 05_train_maniskill.py --eval-only runs/05_train_maniskill/last.pt
 Prints:  success of SFT and of every evaluation with its 95 % interval, then RESULT.
-Saves:   runs/05_train_maniskill/{sft.pt, last.pt, log.csv, test.csv, learning.png, videos/}
+Saves:   runs/05_train_maniskill/{sft.pt, last.pt, log.csv, test.csv, learning.png, videos/}; with
+         PixelGap runs/05_pixel_gap/, without videos
 """
 
 import argparse

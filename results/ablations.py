@@ -268,13 +268,21 @@ def by_seed(rows, **wanted):
             if all(row[name] == study.text(value) for name, value in wanted.items())}
 
 
+def mean_of(rows):
+    """Rows of one arm, a seed each -> what every line of a table says of it."""
+    after = [float(row["after"]) for row in rows]
+    return {"lr": rows[0]["lr"], "seeds": len(after), "after": np.mean(after),
+            "sft": np.mean([float(row["sft"]) for row in rows]),
+            "half": study.half_interval(after)}
+
+
 def summarise(rows):
     """Rows of runs, the variants at the learning rate they were tuned to -> a dict for each line.
 
     gain: difference to the first variant of the figure, paired by seed, with its 95 % t-interval
     low, high; half: that of the mean. verdict: does the interval say what the paper's numbers say?
     """
-    table, sft = [], {row["seed"]: float(row["sft"]) for row in rows}
+    table = []
     for figure, variants in FIGURES.items():
         first = next(iter(variants))
         shown = {row["variant"] for row in table}
@@ -286,13 +294,10 @@ def summarise(rows):
             said = None if variants[name] is None else variants[name] - variants[first]
             verdict = "" if name == first or not said or np.isnan(low) else (
                 "not shown" if low <= 0 <= high else "shown" if low * said > 0 else "contradicted")
-            table.append({"figure": figure, "variant": name, "seeds": len(after),
-                          "lr": next(r["lr"] for r in rows if r["variant"] == name),
-                          "values": list(after.values()), "paper": variants[name],
-                          "sft": np.mean([sft[seed] for seed in after]),
-                          "after": np.mean(list(after.values())),
-                          "half": study.half_interval(list(after.values())),
-                          "gain": gain, "low": low, "high": high, "verdict": verdict})
+            table.append({"figure": figure, "variant": name, "paper": variants[name],
+                          "values": list(after.values()), "verdict": verdict,
+                          "gain": gain, "low": low, "high": high,
+                          **mean_of([row for row in rows if row["variant"] == name])})
     return table
 
 
@@ -321,14 +326,10 @@ def phase_table(rows):
             own = [r for r in rows if (r["noise_level"], r["target"]) == (noise, target)]
             if not own:
                 continue
-            after = by_seed(own)
-            gain = study.difference(base, after) if target != "next" and base else [np.nan] * 3
+            gain, low, high = (study.difference(base, by_seed(own))
+                               if target != "next" and base else [np.nan] * 3)
             table.append({"noise_level": noise, "target": target, "ema": own[0]["ema"],
-                          "lr": own[0]["lr"], "seeds": len(after),
-                          "sft": np.mean([float(r["sft"]) for r in own]),
-                          "after": np.mean(list(after.values())),
-                          "half": study.half_interval(list(after.values())),
-                          **dict(zip(("gain", "low", "high"), gain))})
+                          "gain": gain, "low": low, "high": high, **mean_of(own)})
     return table
 
 

@@ -41,7 +41,7 @@ ALGOS = ("stepnft", "ppo", "grpo")
 CONDITIONS = dict(zip(("id", "textures", "gaps", "both", "starts"),
                       (changes for _, _, changes in pixel_gap.VARIANTS)))
 OOD = ("textures", "gaps", "both")     # their mean is what "out of distribution" means below
-SCENES, DOSES = 64, (16, 256)          # of the main run, and beside it
+SCENES, DOSES = 64, (16, 256)          # of the main run; more and fewer, beside it
 TESTED = 500, 1000                     # episodes in each condition: while training, at the end
 CLONES = "runs/pixel_gap"              # shared by all methods of a seed
 

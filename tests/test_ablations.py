@@ -446,7 +446,8 @@ def test_the_verdicts_hold_every_difference_of_the_folder(no_training, tmp_path,
     main_in(tmp_path, monkeypatch, "default", "beta-5", "--seeds", 2, "--lr", 1e-3, "--jobs", 1,
             "--out", "out")
     main_in(tmp_path, monkeypatch, "--phase", "--targets", "next", "endpoint",
-            "--noise-levels", 0.3, "--ema", "0.9 0.9", "--lr", 1e-3, "--seeds", 2, "--jobs", 1, "--out", "out")
+            "--noise-levels", 0.3, "--ema", "0.9 0.9", "--lr", 1e-3, "--seeds", 2, "--jobs", 1,
+            "--out", "out")
     assert [(row["comparison"], row["seeds"], float(row["mean"])) for row in study.read(
         tmp_path / "out/verdicts.csv")] == [("phase: next - endpoint, noise 0.3", "2", 0.0),
                                             ("beta: beta-5 - default", "2", 0.0)]

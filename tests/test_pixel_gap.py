@@ -125,7 +125,8 @@ def test_every_setting_of_the_grid_is_flags_that_05_takes(algo, tmp_path):
     assert len({tuple(sorted(setting.items())) for setting in grid}) == 12
     for setting in grid:
         args = compare.parse_args(["--task", "PixelGap", "--out", str(tmp_path), *pixel_gap.flags(
-            {"algo": algo, "scenes": 64, "iterations": 160, "episodes": 512, "seed": 3, **setting})])
+            {"algo": algo, "scenes": 64, "iterations": 160, "episodes": 512, "seed": 3,
+             **setting})])
         assert (args.algo, args.scenes, args.seed, args.lr, args.noise_level) == (
             algo, 64, 3, setting["lr"], setting["noise_level"])
         assert (args.transitions, args.group_size, args.epochs, args.max_steps) == ("one", 8, 3, 24)

@@ -82,7 +82,8 @@ def test_tuning_halves_the_grid_on_seeds_of_its_own_and_finds_each_arms_best(tmp
     found = study.tune(arms, grid, functools.partial(noisy, best), path)
     assert found == [{"g": 7}, {"g": 1}]
     rows = study.read(path)
-    count = {seed: sum(row["seed"] == seed for row in rows) for seed in ("100", "101", "102", "103")}
+    count = {seed: sum(row["seed"] == seed for row in rows)
+             for seed in ("100", "101", "102", "103")}
     assert count == {"100": 24, "101": 12, "102": 6, "103": 6}            # 12, 6, 3, 3 an arm
     assert {row["g"] for row in rows if (row["arm"], row["seed"]) == ("b", "103")} <= set("01235")
     study.tune(arms, grid, None, path)                                    # all of it is there
