@@ -390,8 +390,8 @@ def checkpoint(text):
 
 # Of a checkpoint's flags, what belongs to the machine or the call, and what may change in a run
 OF_THE_CALL = {"script", "out", "resume", "eval_only", "device", "video", "sft"}
-FREE = {"iterations", "eval_every", "eval_episodes", "test_episodes", "eval_suites", "eval_ood",
-        "ood_episodes", "num_envs"}
+FREE = {"iterations", "eval_every", "eval_episodes", "test_episodes", "test_states",
+        "test_max_steps", "eval_suites", "eval_ood", "ood_episodes", "num_envs"}
 
 
 def add_run_flags(parser, envs_per_core, **defaults):
@@ -470,25 +470,26 @@ def parse_run(parser, argv=None):
     return args
 
 
-def check_clone(parser, args, policy):
+def check_clone(parser, args, make_policy):
     """--sft must hold a policy of the kind that this run would train."""
-    config = load_policy(args.sft).config if args.sft else policy.config
-    if config != policy.config:
-        parser.error(f"--sft {args.sft} holds a policy with {config}, this run needs "
-                     f"{policy.config}")
+    if args.sft:
+        config, needed = load_policy(args.sft).config, make_policy(args).config
+        if config != needed:
+            parser.error(f"--sft {args.sft} holds a policy with {config}, this run needs {needed}")
 
 
 # ------------------------------------------------------------------------------------------------
 # LIBERO. A seed of envs/libero.py is a task and a start: an official one or a random placement.
 
 
-def make_world(args, suite=None, demo_noise=None, film=None):
-    """The simulators. With demo_noise they also observe the expert's action; film: a folder."""
+def make_world(args, suite=None, demo_noise=None, test=False, film=None):
+    """The simulators. With demo_noise they also observe the expert's action. test: with the test's
+    time limit; film: a folder."""
     return libero.make_workers(
         suite or args.suite, args.tasks, min(args.num_envs, args.video) if film else args.num_envs,
         obs=args.obs, state_dim=args.state_dim, horizon=args.horizon,
-        action_repeat=args.action_repeat, max_steps=args.max_steps, demo_noise=demo_noise,
-        image_size=args.image_size, gl=args.gl, film=film)
+        action_repeat=args.action_repeat, demo_noise=demo_noise, image_size=args.image_size,
+        max_steps=args.test_max_steps if test else args.max_steps, gl=args.gl, film=film)
 
 
 def make_policy(args):
@@ -515,19 +516,18 @@ def random_starts(args, split, count, *run, group_size=1):
     return np.repeat(libero.random_start(tasks, starts), group_size)
 
 
-def test_all(policies, args, world):
+def test_all(policies, args):
     """Official and random starts in the suite of the training, official ones in --eval-suites, then
     films of the last policy; test.csv has a row for each task -> {policy: success}, official."""
-    official = [libero.TASK * task + i for i in range(libero.OFFICIAL) for task in args.tasks]
+    official = [libero.TASK * task + i for i in range(args.test_states) for task in args.tasks]
     random, rates = random_starts(args, "test", args.test_episodes), {}
     if not args.eval_only:  # its rows are added, under the path of the policy
         (args.out / "test.csv").unlink(missing_ok=True)
     for suite in dict.fromkeys([args.suite, *args.eval_suites]):
+        world = make_world(args, suite, test=True)
         kinds = {"official initial states": official}
         if suite == args.suite:
             kinds["random placements"] = random
-        else:
-            world = make_world(args, suite)
         for starts, seeds in kinds.items():
             for name, policy in policies.items():
                 success = evaluate(policy, world, seeds, args.num_steps)
@@ -541,7 +541,7 @@ def test_all(policies, args, world):
                             **rated(own)})
         world.close()  # two sets of simulators may be more than the memory
     if args.video and not rank_of()[0]:
-        filmed = make_world(args, film=args.out / "videos")
+        filmed = make_world(args, test=True, film=args.out / "videos")
         flow.evaluate(policy, filmed, random[:args.video], args.num_steps)
         filmed.close()
         print(f"saved {len(random[:args.video])} episodes in {args.out}/videos")
@@ -569,6 +569,10 @@ def parse_args(argv=None):
     add("--skip-no-ops", action="store_true", help="leave out recorded steps that do nothing")
     add("--eval-suites", nargs="*", default=[], metavar="SUITE", help="further suites for the "
         "final test; _swap _object _lan _task are LIBERO-PRO's variants of --suite")
+    add("--test-states", type=flow.number(int, 1, libero.OFFICIAL), default=libero.OFFICIAL,
+        help="official initial states of each task in the final test")
+    add("--test-max-steps", type=flow.positive_int,
+        help="time limit of the final test, in control steps (default: the suite's usual one)")
     add_run_flags(parser, envs_per_core=4, num_demos=3, demo_noise=0.5, sft_steps=2000,
                   iterations=10, horizon=1, lr=3e-5, eval_every=5, eval_episodes=100,
                   test_episodes=100, out="runs/04_train_libero", group_size=8, noise_level=0.5,
@@ -586,9 +590,10 @@ def parse_args(argv=None):
                      f"the tasks {able}; give --demos PATH")
     if not scripted and demos_wanted and not Path(args.demos).exists():
         parser.error(f"--demos {args.demos}: no such file or folder")
-    limit = next((n for k, n in libero.TIME_LIMITS.items() if args.suite.startswith(k)), 400)
-    # 140 is enough for all scripted demos but libero_spatial's task 5
-    args.max_steps = args.max_steps or (140 if scripted else limit)
+    args.test_max_steps = args.test_max_steps or libero.time_limit(args.suite)
+    # training on scripted demos, which take 60 to 150 steps, stops sooner: failures cost most time
+    sooner = max(160, args.test_max_steps // 2)
+    args.max_steps = args.max_steps or (sooner if scripted else args.test_max_steps)
     args.state_dim = libero.state_size(args.suite, args.obs)
     args.eval_suites = [args.suite + s if s.startswith("_") else s for s in args.eval_suites]
     for suite in args.eval_suites:
@@ -596,13 +601,13 @@ def parse_args(argv=None):
                 or libero.state_size(suite, args.obs) > args.state_dim):
             parser.error(f"--eval-suites {suite} has fewer tasks, or more things in one, than "
                          f"--suite {args.suite}")
-    check_clone(parser, args, make_policy(args))
+    check_clone(parser, args, make_policy)
     args.gl = libero.find_gl() if args.obs == "rgb" or args.video else None
     parser.make_folder("--out", args.out)
     return args
 
 
-def main():
+def main(method=StepNFT):
     args, start = parse_args(), time.time()
     join_ranks(args)
     if args.obs == "state":
@@ -611,7 +616,7 @@ def main():
     told = f"RESULT suite={args.suite} task={','.join(map(str, args.tasks))}"
     if args.eval_only:
         policies = {str(args.eval_only): load_policy(args.eval_only, args.device)}
-        rates = test_all(policies, args, make_world(args))
+        rates = test_all(policies, args)
         return print(f"{told} success={rates[str(args.eval_only)]:.3f} "
                      f"seconds={time.time() - start:.0f}")
     sft = clone(args, make_policy, collect_demos)
@@ -625,9 +630,10 @@ def main():
         seeds = random_starts(args, "validation", args.eval_episodes)
         return report(f"validation, {name}", evaluate(policy, world, seeds, args.num_steps))
 
-    policy, env_steps = train(args, sft, world, StepNFT(args), start_seeds, validate)
+    policy, env_steps = train(args, sft, world, method(args), start_seeds, validate)
     policies = {"SFT": sft, "pi-StepNFT": policy} if args.iterations else {"SFT": sft}
-    rates = list(test_all(policies, args, world).values())
+    world.close()
+    rates = list(test_all(policies, args).values())
     print(f"{told} sft={rates[0]:.3f} stepnft={rates[-1]:.3f} "
           f"episodes={args.iterations * args.episodes} env_steps={env_steps} "
           f"seconds={time.time() - start:.0f}")

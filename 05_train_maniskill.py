@@ -320,7 +320,7 @@ def parse_args(argv=None):
                          "does not use it")
     if args.algo == "grpo" and args.group_size == 1:
         parser.error("--group-size 1: --algo grpo compares the episodes from one start, give 8")
-    robot.check_clone(parser, args, make_policy(args))
+    robot.check_clone(parser, args, make_policy)
     seen = not pixels and (args.obs == "rgb" or args.video)
     args.renderer = maniskill.find_renderer() if seen else None
     parser.make_folder("--out", args.out)

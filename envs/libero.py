@@ -37,8 +37,14 @@ TASK, OFFICIAL = 2**32, 50
 # Control steps that evaluations on LIBERO usually grant; the scripted expert needs 57 to 154.
 TIME_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
                "libero_90": 400}
+
 ACTION_DIM = 7  # position and rotation deltas (+-1 is 5 cm, 0.5 rad), gripper -1 open, +1 close
 NO_OP = np.array([0, 0, 0, 0, 0, 0, -1.0])  # stand still, gripper open
+
+
+def time_limit(suite):
+    """TIME_LIMITS for a suite or for LIBERO-PRO's variants of it, libero_goal_swap say."""
+    return next((n for name, n in TIME_LIMITS.items() if suite.startswith(name)), 400)
 
 
 def random_start(task, seed):
@@ -56,22 +62,22 @@ def episode_name(seed):
 # ------------------------------------------------------------------------------------------------
 # The tasks of a suite, read from its files
 
-Problem = namedtuple("Problem", "instruction goals entities")
+Problem = namedtuple("Problem", "instruction facts entities")
 Suite = namedtuple("Suite", "tasks files problems")
 
 
 def read_task(path):
     """A BDDL file, LIBERO's description of a task -> Problem.
 
-    goals: the names in each fact that must hold, [["soup", "basket"], ...]. entities: these names,
-    each once; first the thing to be moved and where it should go.
+    facts: what must hold, [["in", "soup", "basket"], ...]. entities: the names in them, each once;
+    first the thing to be moved and where it should go.
     """
     from bddl.parsing import scan_tokens
     parts = {part[0]: part[1:] for part in scan_tokens(filename=path)[1:]}
-    goals = [fact[1:] for fact in parts[":goal"][0][1:]]     # (and (in soup basket) (...)) -> names
-    first = [goals[0][0], goals[0][-1]]                  # "open the drawer" names one: it is both
-    rest = dict.fromkeys(sum(goals[1:], []))
-    return Problem(" ".join(parts[":language"]), goals,
+    facts = parts[":goal"][0][1:]                            # of (and (in soup basket) (...))
+    first = [facts[0][1], facts[0][-1]]                  # "open the drawer" names one: it is both
+    rest = dict.fromkeys(name for fact in facts[1:] for name in fact[1:])
+    return Problem(" ".join(parts[":language"]), facts,
                    first + [name for name in rest if name not in first])
 
 
@@ -124,16 +130,19 @@ def look_up(table, name):
                  if re.match(rf"(\w+_)?{key}(_\d|$)", name)), None)
 
 
-def skill(goals, entities):
-    """(grasp, place) of a task with one goal that the tables above can reach, else None."""
-    grasp, place = look_up(GRASPS, entities[0]), look_up(PLACES, entities[1])
-    return (grasp, place) if grasp and place and len(goals) == 1 else None
+def skill(fact):
+    """How ScriptedExpert would make it true: a class below with its first arguments; None if it is
+    not about a stove, and the tables above do not reach."""
+    grasp, place = look_up(GRASPS, fact[1]), look_up(PLACES, fact[-1])
+    if fact[0] in ("in", "on") and grasp and place:
+        return functools.partial(PickAndPlace, *fact[1:], grasp, place)
+    return functools.partial(TurnOn, fact[1]) if fact[0] == "turnon" else None
 
 
 def able_tasks(suite):
     """The numbers of the tasks that ScriptedExpert can do."""
     problems = read_suite(suite).problems
-    return [i for i, problem in enumerate(problems) if skill(problem.goals, problem.entities)]
+    return [i for i, problem in enumerate(problems) if all(map(skill, problem.facts))]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -229,7 +238,7 @@ class LiberoSim:
 
     def __init__(self, suite, task, obs="state", state_dim=None, gl=None, size=128):
         tasks, files, problems = read_suite(suite)
-        self.instruction, self.goals, self.entities = problems[task]
+        self.instruction, self.facts, self.entities = problems[task]
         self.obs, self.state_dim = obs, state_dim or state_size(suite, obs)
         self.init_states = np.asarray(tasks.get_task_init_states(task))     # (50, 1 + nq + nv)
         ControlEnv = import_libero(gl)
@@ -467,16 +476,34 @@ DOWN = np.array([[0, 1.0, 0], [1, 0, 0], [0, 0, -1]])  # hand at the start: fing
 
 
 class ScriptedExpert:
-    """Pick and place in seven phases: above, down, close, lift, across, lower, open.
-
-    P-control of the hand's pose. Waypoints depend on the present state and the phase, and the phase
-    shows in the state (gripper opening, hand over object or goal): a memoryless policy can copy it.
-    Drops are noticed, so it also recovers from noise added to its actions.
+    """Makes the goal's facts true, one after the other, by waypoints for the hand and P-control of
+    its pose. Waypoints depend on the present state and a phase, and the phase shows in the state
+    (gripper opening, hand over object or goal): a memoryless policy can copy it.
     """
 
     def __init__(self, sim, rng):
-        self.target, self.goal = sim.entities[:2]
-        (offset, axis), (self.release, travel) = skill(sim.goals, sim.entities)
+        self.speed = 1 - rng.uniform(0, 0.15)  # demonstrations differ a little
+        self.skills = [skill(fact)(sim, rng) for fact in sim.facts]
+
+    def act(self, sim):
+        """-> action (7,). A skill goes on until its fact holds and its last phase is over."""
+        skill = next((skill for skill, fact in zip(self.skills, sim.facts)
+                      if skill.phase or not sim.env._eval_predicate(fact)), self.skills[-1])
+        waypoint, rotation, grip = skill.aim(sim)
+        hand, rot = sim.hand
+        turn = 0.5 * np.cross(rot, rotation, axis=0).sum(axis=1)  # small-angle rotation vector
+        action = np.concatenate([2 * (waypoint - hand) / 0.05, turn / 0.5, [grip]])
+        skill.next_phase(sim, waypoint - hand, turn)
+        return np.clip(action, -1, 1) * np.append(np.full(6, self.speed), 1)
+
+
+class PickAndPlace:
+    """Seven phases: above, down, close, lift, across, lower, open. Drops are noticed, so it also
+    recovers from noise added to its actions."""
+
+    def __init__(self, target, goal, grasp, place, sim, rng):
+        self.target, self.goal = target, goal
+        (offset, axis), (self.release, travel) = grasp, place
         pos, rot, _ = sim.pose(self.target)
         yaw = 0 if axis is None else np.arctan2(rot[1, axis], rot[0, axis]) - np.pi / 2
         yaw = (yaw + np.pi / 2) % np.pi - np.pi / 2  # half a turn gives the same grasp
@@ -486,17 +513,17 @@ class ScriptedExpert:
         c, s = np.cos(yaw), np.sin(yaw)
         turned = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
         self.rotation = turned @ DOWN
-        # demonstrations differ a little: where to grasp, how fast, how high
+        # demonstrations differ in where to grasp and how high to travel
         offset = turned @ offset if axis is None else np.array(offset)
         self.offset = offset + rng.uniform(-0.003, 0.003, 3)
-        self.speed = 1 - rng.uniform(0, 0.15)
         bottom = -sim.env.get_object(self.target).bottom_offset[2]
         self.travel = travel + bottom + rng.uniform(0, 0.02)
         self.clear = pos[2] + offset[2] + 0.06  # lift at least 6 cm
         self.phase, self.wait, self.last = 0, 0, np.zeros(4)
 
-    def act(self, sim):
-        (hand, rot), target, goal = sim.hand, sim.pose(self.target)[0], sim.pose(self.goal)[0]
+    def aim(self, sim):
+        """-> where the hand should go (3,), its rotation (3, 3), what the gripper does."""
+        hand, target, goal = sim.hand[0], sim.pose(self.target)[0], sim.pose(self.goal)[0]
         slip = hand - target - self.offset
         # the grasp as it is: the planned one, up to 3 cm off; further off, the object has fallen
         held = self.offset + np.clip(slip, -0.03, 0.03)
@@ -506,31 +533,52 @@ class ScriptedExpert:
         far, away = (np.linalg.norm((point - hand)[:2]) for point in (grasp, place))
         low = goal[2] + self.travel + held[2]  # the hand's height where its load clears the goal
         high = max(low, self.clear)
-        waypoint, tolerance = [
+        waypoint, self.tolerance = [
             (grasp + (0, 0, 0.05 + 0.5 * far), 0.02),  # above: come down in a cone
             (grasp, 0.008),                            # down
             (grasp, 0),                                # close
-            ((hand[0], hand[1], high), 0.05),          # lift
-            ((place[0], place[1], np.clip(low + away - 0.1, low, high)), 0.02),  # across
+            (np.array([*hand[:2], high]), 0.05),       # lift
+            (np.array([*place[:2], np.clip(low + away - 0.1, low, high)]), 0.02),  # across
             (place, 0.01),                             # lower
             (place, 0)][self.phase]                    # open
-        error = waypoint - hand
-        turn = 0.5 * np.cross(rot, self.rotation, axis=0).sum(axis=1)  # small-angle rotation vector
-        now = np.append(hand, sim.data.qpos[sim.finger_joints[0]])
+        return waypoint, self.rotation, 1 if 2 <= self.phase <= 5 else -1
+
+    def next_phase(self, sim, error, turn):
+        """Goes on to it if this one is done: what is left of the way and of the turn is little."""
+        now = np.append(sim.hand[0], sim.data.qpos[sim.finger_joints[0]])
         moved, self.last, self.wait = np.abs(now - self.last), now, self.wait + 1
-        action = np.concatenate([2 * error / 0.05, turn / 0.5,
-                                 [1 if 2 <= self.phase <= 5 else -1]])
         if self.phase == 2:  # fingers at rest
             done = self.wait > 5 and moved[3] < 5e-4 or self.wait > 8
-        elif self.phase == 6:  # released, but no success: once more
+        elif self.phase == 6:  # released
             done = self.wait > 10
         else:  # arrived, or blocked
-            done = np.linalg.norm(error) < tolerance and np.abs(turn).max() < 0.1
+            done = np.linalg.norm(error) < self.tolerance and np.abs(turn).max() < 0.1
             done = done or self.wait > 4 and moved[:3].max() < 5e-4
             done = done and (self.phase > 0 or now[3] > 0.03)  # after a drop: open first
         if done:
             self.phase, self.wait = (self.phase + 1) % 7, 0
-        return np.clip(action, -1, 1) * np.append(np.full(6, self.speed), 1)
+
+
+class TurnOn:
+    """The stove: closed fingers go beside the end of the knob's bar, down, and push it round."""
+
+    def __init__(self, stove, sim, rng):
+        self.stove, self.phase, self.height = stove, 0, rng.uniform(0.03, 0.035)
+
+    def aim(self, sim):
+        pos, _, opening = sim.pose(self.stove)
+        c, s = np.cos(opening), np.sin(opening)
+        end, push = (c * -0.04 - s * 0.03, s * -0.04 + c * 0.03, self.height), np.array([s, -c, 0])
+        beside = pos + end - 0.04 * push
+        far = np.linalg.norm((beside - sim.hand[0])[:2])
+        waypoint = [beside + (0, 0, max(0.1, 0.5 * far)), beside, pos + end + 0.05 * push]
+        return waypoint[self.phase], DOWN, 1
+
+    def next_phase(self, sim, error, turn):
+        if self.phase < 2 and np.linalg.norm(error) < (0.02, 0.01)[self.phase]:
+            self.phase += 1
+        elif self.phase == 2 and sim.pose(self.stove)[2] > 0.6:  # it burns from 0.5 on
+            self.phase = 0
 
 
 # ------------------------------------------------------------------------------------------------

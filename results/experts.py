@@ -30,7 +30,7 @@ COLUMNS = "suite task instruction variant episodes success low high mean_steps m
 
 def libero_rows(args):
     """Plays all tasks at once -> (what was played, success, steps) of each."""
-    limit = next((n for name, n in libero.TIME_LIMITS.items() if args.suite.startswith(name)), 400)
+    limit = libero.time_limit(args.suite)
     seeds = [libero.TASK * task + i for task in args.tasks for i in range(libero.OFFICIAL)]
     with contextlib.closing(libero.make_workers(
             args.suite, args.tasks, args.num_envs, max_steps=limit, demo_noise=0)) as world:

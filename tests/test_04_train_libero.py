@@ -253,7 +253,7 @@ TOY = ("--num-demos 3 --sft-steps 30 --iterations 3 --episodes 16 --eval-every 2
        "--test-episodes 10 --minibatch 30 --lr 1e-3").split()
 
 
-def toy_world(args, *more, demo_noise=None, film=None):
+def toy_world(args, *more, demo_noise=None, test=False, film=None):
     return Toy(args.state_dim, 7, demo_noise)
 
 
@@ -565,7 +565,7 @@ def filled(flags, runs):
 WRONG = [
     ("--suite libero_objects", "--suite libero_objects"), ("--tasks 10", "--tasks", "10", "0 to 9"),
     ("--tasks x", "--tasks", "x"), ("--tasks -1", "--tasks"), ("--num-demos 0", "--num-demos"),
-    ("--suite libero_10", "--tasks", "no scripted expert", "libero_10"),
+    ("--suite libero_10 --tasks 2", "--tasks", "no scripted expert", "libero_10"),
     ("--suite libero_10 --tasks all", "--tasks", "no scripted expert"),
     ("--eval-only nothing.pt", "--eval-only", "nothing.pt"), ("--eval-only README", "--eval-only"),
     ("--sft README", "--sft", "checkpoint"), ("--sft nothing.pt", "--sft", "nothing.pt"),
@@ -831,9 +831,9 @@ def test_ranks_that_cannot_share_get_one_line(flags, words, monkeypatch):
 def test_rgb_from_recorded_demos_to_evaluation_and_film(recorded, tmp_path, gl, monkeypatch):
     monkeypatch.setattr(libero, "OFFICIAL", 1)
     result, _ = ran(*"--obs rgb --image-size 48 --sft-steps 3 --episodes 8 --iterations 1 "
-                    "--max-steps 4 --eval-episodes 1 --eval-every 1 --num-envs 1 "
-                    "--test-episodes 1 --video 1".split(), "--demos", recorded[0], "--out",
-                    tmp_path / "new")
+                    "--max-steps 4 --test-max-steps 4 --eval-episodes 1 --eval-every 1 "
+                    "--num-envs 1 --test-episodes 1 --video 1".split(),
+                    "--demos", recorded[0], "--out", tmp_path / "new")
     assert result.keys() >= {"sft", "stepnft"}
     log, = log_of(tmp_path / "new")
     assert log["env_steps"] == "32" and 0 < float(log["loss"]) < 2
@@ -897,7 +897,7 @@ def kill_a_worker(script, *flags, cwd, when, wait=1.0):
 def test_a_worker_that_dies_a_run_resumed_and_perturbed_suites(recorded, tmp_path, monkeypatch):
     """Cut after one iteration, resumed, killed in the second, resumed again: as if never cut."""
     flags = ("--sft-steps 5 --iterations 2 --episodes 48 --max-steps 8 --eval-every 1 "
-             "--eval-episodes 2 --test-episodes 1 --num-envs 1 --eval-suites _lan --lr 1e-3"
+             "--test-max-steps 8 --eval-episodes 2 --test-episodes 1 --num-envs 1 --eval-suites _lan --lr 1e-3"
              ).split() + ["--demos", recorded[0]]
     monkeypatch.setattr(libero, "OFFICIAL", 2)
     told, _ = run_and_cut(tmp_path, monkeypatch, *flags)

@@ -1,0 +1,175 @@
+"""LIBERO by one protocol: suites, few shots, out of distribution, one baseline. Nothing is chosen
+for a seed or a suite.
+
+Each run is 04 at its defaults: all tasks of a suite that the scripted expert solves from 90 % or
+more of the official states (scripted_experts.csv, of results/experts.py), object poses, one policy
+that reads the sentence, --demos demonstrations *kept* per task, SFT, 16 iterations of
+256 episodes for all tasks together, the last policy. Test: the 50 official initial states of every
+task under the suite's usual time limit; in training an episode may end sooner (--max-steps of 04).
+
+Removed: the share of the clone's failures that are gone after RL, (after - before) / (1 - before).
+
+Run:     python results/protocol.py                          (14 runs, half an hour each, two cores)
+         python results/protocol.py --suite libero_goal --demos 1 --seed 2    (one of them again)
+         python results/protocol.py --summary                (no runs: the numbers, from the rows)
+Saves:   results/04_train_libero/protocol.csv, a row for each task, policy and kind of start;
+         protocol_suites.csv, what the page tells, computed from it; protocol/RUN.csv, the learning
+         curves. A study that was stopped goes on with the same command, a run in --runs as well.
+"""
+
+import argparse
+import collections
+import importlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+flow, nft, study = map(importlib.import_module, ("01_flow_policy", "03_step_loss", "study"))
+
+FLAGS = "--iterations 16 --eval-every 4"
+OOD = "--eval-suites _swap _object _lan _task --test-states 20 --test-episodes 1"
+OFFICIAL = "official initial states"
+SCRIPTS = {"stepnft": "04_train_libero.py", "filtered-bc": "results/filtered_bc.py --lr 1e-4"}
+
+
+def all_jobs():
+    """In the order in which they are run: what a reader asks first, first."""
+    first = [("libero_object", 0), ("libero_spatial", 0), ("libero_goal", 0)]
+    more = [(suite, seed) for seed in (1, 2) for suite, _ in first]
+    runs = [(suite, seed, 1, "stepnft") for suite, seed in first]
+    runs += [("libero_object", 0, 1, "filtered-bc"), ("libero_10", 0, 1, "stepnft"),
+             ("libero_object", 0, 2, "stepnft"), ("libero_object", 0, 5, "stepnft")]
+    runs += [(suite, seed, 1, "stepnft") for suite, seed in more]
+    return [dict(zip(("suite", "seed", "demos", "method"), run)) for run in runs]
+
+
+def able_tasks(suite):
+    """The tasks that have an expert worth copying, by the measured table."""
+    return [row["task"] for row in study.read(ROOT / "results/04_train_libero/scripted_experts.csv")
+            if row["suite"] == suite and float(row["success"]) >= 0.9]
+
+
+def name_of(job):
+    return "{suite}_{method}_demos{demos}_seed{seed}".format(**job)
+
+
+def command_of(job):
+    return (f"{SCRIPTS[job['method']]} --suite {job['suite']} --tasks "
+            f"{' '.join(able_tasks(job['suite']))} --num-demos {job['demos']} --seed {job['seed']} "
+            f"{FLAGS}")
+
+
+def run(job, runs, curves):
+    """Trains and tests -> the rest of its rows. Goes on with what the folder of the run holds."""
+    folder, command = runs / name_of(job), command_of(job)
+    resume = f"{command.split(' --')[0]} --resume" if (folder / "last.pt").exists() else command
+    call(f"{resume} --out {folder}")
+    curves.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "log.csv", curves / f"{name_of(job)}.csv")
+    rows = tested(folder, command)
+    if (job["suite"], job["demos"], job["method"]) == ("libero_object", 1, "stepnft"):
+        for file, policy in (("sft.pt", "SFT"), ("last.pt", "pi-StepNFT")):
+            (folder / "test.csv").unlink()
+            call(f"04_train_libero.py --eval-only {folder / file} {OOD}")
+            more = tested(folder, f"04_train_libero.py --eval-only {file} {OOD}")
+            rows += [{**row, "policy": policy} for row in more if row["tested"] != job["suite"]]
+    return rows
+
+
+def call(command):
+    print(command, flush=True)
+    subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, check=True)
+
+
+def tested(folder, command):
+    """test.csv of a run -> rows of this study."""
+    return [{"tested": row["suite"], "starts": row["starts"], "task": row["task"],
+             "policy": row["policy"], "episodes": row["episodes"], "success": row["success"],
+             **study.origin(command), "hardware": f"{os.cpu_count()} CPU cores"}
+            for row in study.read(folder / "test.csv")]
+
+
+# ------------------------------------------------------------------------------------------------
+# The numbers of the page
+
+
+def rate(rows, policy):
+    """Success of a policy over all of its episodes in these rows."""
+    own = [(int(row["episodes"]), float(row["success"])) for row in rows if row["policy"] == policy]
+    return sum(n * p for n, p in own) / sum(n for n, _ in own)
+
+
+def summarise(rows):
+    """A row for each suite, number of demos, method and kind of test: before, after, gain and share
+    of failures removed, mean and 95 % t-interval over seeds (none for one seed)."""
+    groups = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in rows:
+        if row["starts"] == OFFICIAL:
+            group = row["suite"], row["demos"], row["method"], row["tested"]
+            groups[group][row["seed"]].append(row)
+    found = []
+    for group, seeds in groups.items():
+        before = np.array([rate(own, "SFT") for own in seeds.values()])
+        after = np.array([rate(own, "pi-StepNFT") for own in seeds.values()])
+        removed = (after - before) / (1 - before)
+        row = dict(zip(("suite", "demos", "method", "tested"), group), seeds=len(seeds),
+                   tasks=len({own["task"] for rows in seeds.values() for own in rows}))
+        for what, values in (("sft", before), ("after", after), ("gain", after - before),
+                             ("removed", removed)):
+            half = study.half_interval(values)
+            row |= {what: values.mean(), f"{what}_low": values.mean() - half,
+                    f"{what}_high": values.mean() + half}
+        found.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    return found
+
+
+def parse_args():
+    parser = flow.Parser(__doc__)
+    add = parser.add_argument
+    add("--suite", help="only the runs of this suite")
+    add("--demos", type=flow.positive_int, help="only those with as many demonstrations a task")
+    add("--seed", type=flow.natural, help="only those of this seed")
+    add("--method", choices=list(SCRIPTS), help="only those of this method")
+    add("--summary", action="store_true", help="no runs: the numbers, from the rows there are")
+    add("--out", type=Path, default="results/04_train_libero", help="folder of the tables")
+    add("--runs", type=Path, default="runs/protocol", help="folder of checkpoints")
+    args = parser.parse_args()
+    chosen = {name: value for name in ("suite", "demos", "seed", "method")
+              if (value := getattr(args, name)) is not None}
+    args.jobs = [job for job in all_jobs() if chosen.items() <= job.items()]
+    if not args.jobs:
+        told = " ".join(f"--{name} {value}" for name, value in chosen.items())
+        parser.error(f"{told}: the protocol has no such run; leave one of these flags out")
+    parser.make_folder("--out", args.out)
+    return args
+
+
+def main():
+    args = parse_args()
+    path = args.out / "protocol.csv"
+    for job in [] if args.summary else args.jobs:
+        study.collect([job], lambda job: run(job, args.runs, args.out / "protocol"), path)
+        write(path, args.out / "protocol_suites.csv")
+    for row in write(path, args.out / "protocol_suites.csv"):
+        print("{tested:<22} {method:<12} {demos} demos a task, {seeds} seeds: {sft:.3f} -> "
+              "{after:.3f}, {removed:.3f} of the failures removed".format(**row))
+    print(f"RESULT rows={len(study.read(path))} saved={path}")
+
+
+def write(path, summary):
+    summary.unlink(missing_ok=True)
+    found = summarise(study.read(path))
+    for row in found:
+        nft.log_row(summary, row)
+    return found
+
+
+if __name__ == "__main__":
+    main()

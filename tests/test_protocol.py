@@ -1,0 +1,114 @@
+"""results/protocol.py: its numbers against worked examples, its commands against 04's flags, and
+that the page's table is what the rows say. results/filtered_bc.py: only successes teach."""
+
+import importlib
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, result_line, run_script, wrong_call
+
+sys.path.insert(0, str(ROOT / "results"))
+protocol, filtered_bc, study = map(importlib.import_module, ("protocol", "filtered_bc", "study"))
+flow, robot = filtered_bc.flow, filtered_bc.robot
+
+
+def tested(seed, policy, task, success, episodes=50, starts=protocol.OFFICIAL):
+    return {"suite": "libero_goal", "seed": seed, "demos": "1", "method": "stepnft",
+            "tested": "libero_goal", "starts": starts, "task": task, "policy": policy,
+            "episodes": str(episodes), "success": str(success)}
+
+
+def test_the_share_of_failures_removed_is_of_each_seed_and_then_averaged():
+    """Seed 0: .5 -> .9 removes .8 of the failures, seed 1: .8 -> .9 half of them."""
+    rows = [tested("0", "SFT", "1", 0.4), tested("0", "SFT", "2", 0.6),
+            tested("0", "pi-StepNFT", "1", 0.8), tested("0", "pi-StepNFT", "2", 1.0),
+            tested("1", "SFT", "1", 0.8), tested("1", "pi-StepNFT", "1", 0.9),
+            tested("1", "SFT", "1", 0.0, starts="random placements")]
+    found, = protocol.summarise(rows)
+    assert (found["seeds"], found["tasks"]) == (2, 2)
+    assert [found[name] for name in ("sft", "after", "gain", "removed")] == pytest.approx(
+        [0.65, 0.9, 0.25, 0.65])
+    # t with one degree of freedom: 12.706 standard errors, here of .4 and .1: .15
+    assert found["gain_high"] - found["gain"] == pytest.approx(12.706 * 0.15, abs=1e-3)
+    alone, = protocol.summarise(rows[:4])
+    assert alone["removed"] == pytest.approx(0.8) and np.isnan(alone["removed_low"])
+
+
+def test_tasks_count_by_their_episodes():
+    rows = [tested("0", "SFT", "1", 0.0, 10), tested("0", "SFT", "2", 1.0, 30)]
+    assert protocol.rate(rows, "SFT") == pytest.approx(0.75)
+
+
+def test_every_run_has_the_same_flags_and_they_are_those_of_04(monkeypatch, tmp_path):
+    jobs, seen = protocol.all_jobs(), set()
+    assert len({study.key(job) for job in jobs}) == len(jobs)
+    for suite in ("libero_object", "libero_spatial", "libero_goal"):
+        assert {job["seed"] for job in jobs if job == {**job, "suite": suite, "demos": 1,
+                                                       "method": "stepnft"}} == {0, 1, 2}
+    for job in jobs:
+        script, *flags = protocol.command_of(job).split()
+        assert (ROOT / script).exists()
+        args = robot.parse_args([*flags, "--out", str(tmp_path / "out")])
+        assert (args.suite, args.seed, args.num_demos) == (job["suite"], job["seed"], job["demos"])
+        assert set(map(str, args.tasks)) == set(protocol.able_tasks(job["suite"])) != set()
+        seen.add(tuple(sorted((name, str(value)) for name, value in args.flags.items()
+                              if name not in ("suite", "seed", "num_demos", "tasks", "lr"))))
+    assert len(seen) == 1
+
+
+def test_the_table_of_the_page_is_what_the_rows_say(tmp_path):
+    out = ROOT / "results/04_train_libero"
+    protocol.write(out / "protocol.csv", tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_text() == (out / "protocol_suites.csv").read_text()
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--suite libero_90", "--suite libero_90"), ("--demos 0", "--demos"), ("--seed -1", "--seed"),
+    ("--method ppo", "--method"), ("--suite libero_goal --demos 5", "--demos 5")])
+def test_a_wrong_call_is_told_in_one_line(flags, named):
+    assert named in wrong_call("protocol.py", *flags.split())
+
+
+def test_filtered_cloning_learns_from_successes_alone():
+    """Rows of failures are not a number here: who reads them is lost. What is learned is flow
+    matching on what the others played, as `train_sft` would do it."""
+    torch.manual_seed(0)
+    policy = robot.RobotPolicy(1, 2, 3, width=16, depth=1)
+    batch = {"state": torch.randn(8, 3), "episode": torch.arange(8) // 2,
+             "x": torch.randn(8, 5, 1, 2), "mask": torch.ones(8, 1)}
+    success = np.array([True, False, True, False])
+    lost = ~torch.as_tensor(success)[batch["episode"]]
+    batch["x"][lost], batch["state"][lost] = torch.nan, torch.nan
+    kept, x_0 = {"state": batch["state"][~lost]}, batch["x"][~lost, -1]
+
+    def loss():
+        torch.manual_seed(1)
+        return np.mean([flow.flow_matching_loss(policy, kept, x_0).item() for _ in range(50)])
+
+    before, optimizer = loss(), torch.optim.Adam(policy.parameters(), lr=1e-2)
+    method = filtered_bc.FilteredBC(SimpleNamespace(epochs=40, minibatch=3))
+    info = method.learn(policy, optimizer, batch, success)
+    assert loss() < 0.8 * before and np.isfinite(info["grad_norm"])
+    weights = [p.clone() for p in policy.parameters()]
+    method.learn(policy, optimizer, batch, np.zeros(4, bool))        # nothing to learn from
+    assert all(torch.equal(a, b) for a, b in zip(weights, policy.parameters()))
+
+
+@pytest.mark.sim
+def test_filtered_cloning_runs_as_04_does(tmp_path):
+    args = robot.parse_args(["--out", str(tmp_path)])
+    policy = robot.make_policy(args)
+    policy.fit_normalisation({"state": torch.randn(9, args.state_dim)}, torch.rand(9, 1, 7))
+    robot.save(tmp_path / "clone.pt", policy, args)
+    done = run_script("results/filtered_bc.py", *(
+        "--sft clone.pt --iterations 1 --episodes 8 --max-steps 4 --test-max-steps 4 --num-envs 1 "
+        "--test-states 1 --test-episodes 1 --eval-episodes 1 --out run").split(), cwd=tmp_path)
+    assert "stepnft" in result_line(done)
+    rows = study.read(tmp_path / "run/test.csv")
+    assert [(row["policy"], row["starts"], row["episodes"]) for row in rows] == [
+        (policy, starts, "1") for starts in (protocol.OFFICIAL, "random placements")
+        for policy in ("SFT", "pi-StepNFT")]
