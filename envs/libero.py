@@ -252,6 +252,14 @@ class LiberoSim:
         self.robot, self.gripper = self.env.robots[0], self.env.robots[0].gripper
         self.site = self.robot.eef_site_id  # between the finger tips
         self.finger_joints = self.robot._ref_gripper_joint_pos_indexes
+        # what robosuite looks up in every physics step: actuators and their ranges
+        self.arm = np.array(self.robot._ref_joint_actuator_indexes)
+        self.fingers = [self.model.actuator(name).id for name in self.gripper.actuators]
+        self.torque_low, self.torque_high = self.model.actuator_ctrlrange[self.arm].T
+        low, high = self.model.actuator_ctrlrange[self.fingers].T
+        self.finger_centre, self.finger_range = 0.5 * (high + low), 0.5 * (high - low)
+        self.arm_joints = np.array(self.robot.controller.qvel_index)
+        self.jacobian, self.mass = np.empty((6, self.model.nv)), np.empty((self.model.nv,) * 2)
         self.place(seed=0)
         # Initial states hold joints only, and cabinet and stove have none for their place: LIBERO
         # draws it anew (within 2 cm) at each reset. We draw once, so that a seed is a situation.
@@ -297,7 +305,7 @@ class LiberoSim:
             self.model.body_pos[:], self.model.body_quat[:] = self.layout
             self.env.sim.set_state_from_flattened(self.init_states[number])
         self.mj.mj_forward(self.model, self.data)
-        self.gripper.current_action = np.zeros(2)  # the gripper integrates its commands
+        self.grip = np.zeros(2)  # the fingers integrate their commands
         self.see_hand()
         self.controller.reset_goal()  # else the last episode's rotation goal pulls the arm away
         for _ in range(10):
@@ -310,21 +318,25 @@ class LiberoSim:
     def torques(self):
         """In place of run_controller(): joint torques (7,) that pull the hand to the goal."""
         c, m, d, (pos, rot) = self.controller, self.model, self.data, self.hand
-        J, M = np.empty((6, m.nv)), np.empty((m.nv, m.nv))  # Jacobian, mass matrix
+        J, M = self.jacobian, self.mass
         self.mj.mj_jacSite(m, d, J[:3], J[3:], self.site)
         self.mj.mj_fullM(m, d, M)
-        return osc_pose()(J, M, np.array(c.qvel_index), pos, rot, d.qvel, d.qfrc_bias,
+        return osc_pose()(J, M, self.arm_joints, pos, rot, d.qvel, d.qfrc_bias,
                           d.qpos[c.qpos_index], c.initial_joint, c.goal_pos, c.goal_ori, c.kp, c.kd)
 
     def advance(self, action):
         """One control step, 1/20 s, 25 physics steps; True at success. Bit for bit env.step(), but
         no observations, one forward pass a physics step instead of three, and no detours."""
-        action = np.asarray(action, dtype=float)
+        action, ctrl = np.asarray(action, dtype=float), self.data.ctrl
+        closing = np.array([-1.0, 1.0]) * self.gripper.speed * np.sign(action[6])
         for i in range(int(self.env.control_timestep / self.env.model_timestep)):
             self.mj.mj_step1(self.model, self.data)  # kinematics and bias forces
             if i == 0:
                 self.controller.set_goal(action[:6])
-            self.robot.control(action)  # torques, and the fingers
+            torques = np.minimum(np.maximum(self.torques(), self.torque_low), self.torque_high)
+            self.grip = np.minimum(np.maximum(self.grip + closing, -1.0), 1.0)
+            ctrl[self.arm] = torques
+            ctrl[self.fingers] = self.finger_centre + self.finger_range * self.grip
             self.mj.mj_step2(self.model, self.data)  # contacts and integration
         return bool(self.env._check_success())
 
@@ -498,8 +510,8 @@ class ScriptedExpert:
 
 
 class PickAndPlace:
-    """Seven phases: above, down, close, lift, across, lower, open. Drops are noticed, so it also
-    recovers from noise added to its actions."""
+    """Eight phases: above, down, close, lift, across, lower, open, leave. Drops are noticed, so it
+    also recovers from noise added to its actions."""
 
     def __init__(self, target, goal, grasp, place, sim, rng):
         self.target, self.goal = target, goal
@@ -527,7 +539,7 @@ class PickAndPlace:
         slip = hand - target - self.offset
         # the grasp as it is: the planned one, up to 3 cm off; further off, the object has fallen
         held = self.offset + np.clip(slip, -0.03, 0.03)
-        if self.phase > 2 and np.linalg.norm(hand - target - held) > 0.03:
+        if 2 < self.phase < 7 and np.linalg.norm(hand - target - held) > 0.03:
             self.phase = self.wait = 0  # dropped: once more
         grasp, place = target + self.offset, goal + self.release + held
         far, away = (np.linalg.norm((point - hand)[:2]) for point in (grasp, place))
@@ -540,7 +552,8 @@ class PickAndPlace:
             (np.array([*hand[:2], high]), 0.05),       # lift
             (np.array([*place[:2], np.clip(low + away - 0.1, low, high)]), 0.02),  # across
             (place, 0.01),                             # lower
-            (place, 0)][self.phase]                    # open
+            (place, 0),                                # open
+            (np.array([*hand[:2], high]), 0.02)][self.phase]  # leave
         return waypoint, self.rotation, 1 if 2 <= self.phase <= 5 else -1
 
     def next_phase(self, sim, error, turn):
@@ -556,7 +569,7 @@ class PickAndPlace:
             done = done or self.wait > 4 and moved[:3].max() < 5e-4
             done = done and (self.phase > 0 or now[3] > 0.03)  # after a drop: open first
         if done:
-            self.phase, self.wait = (self.phase + 1) % 7, 0
+            self.phase, self.wait = (self.phase + 1) % 8, 0
 
 
 class TurnOn:
