@@ -47,7 +47,8 @@ sde = importlib.import_module("02_sde_sampler")
 
 def mirror(v_theta, v_old, beta, max_drift):
     """Two velocities at equal distance from v_old, one towards v_theta and one away: (B, H, A).
-    delta is shortened to max_drift per action: a longer one is not rewarded any more."""
+    First delta is shortened, per action, to a norm of max_drift: a longer one is not rewarded any
+    more. Then beta scales it. (Every run begins at delta = 0.)"""
     delta = v_theta - v_old
     norm = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)                  # (B, H, 1)
     delta = delta * (max_drift / norm.clamp(min=max_drift))
@@ -56,7 +57,8 @@ def mirror(v_theta, v_old, beta, max_drift):
 
 
 def step_error(v, x_t, x_next, t_cur, t_next, sigma, var_eps=1e-4):
-    """E(v): how badly a velocity explains the observed step x_t -> x_next, per action: (B, H)."""
+    """E(v): how badly a velocity explains the observed step x_t -> x_next, per action: (B, H),
+    summed over the action dims. t_cur, t_next, sigma are (B,)."""
     t_cur, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))     # (B, 1, 1)
     mean, std = sde.transition(x_t, v, t_cur, t_next, sigma)
     # E = sum over action dims of (x_next - mean(v))^2 / (std^2 + eps)
@@ -64,8 +66,9 @@ def step_error(v, x_t, x_next, t_cur, t_next, sigma, var_eps=1e-4):
 
 
 def endpoint_error(v, x_t, x_0, t_cur, t_next, sigma, var_eps=1e-4):
-    """The contrast, DiffusionNFT's target: how badly a velocity predicts the end of the path, per
-    action: (B, H). The variance is still that of the step, as in the official code."""
+    """The contrast, DiffusionNFT's target: how badly a velocity predicts the end of the path, as
+    x0_hat = x_t - t v, per action: (B, H). Divided by the variance of the step, sigma^2 dt, plus
+    var_eps, as in the official code, and summed over the action dims."""
     t_cur, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))     # (B, 1, 1)
     x0_hat = x_t - t_cur * v
     # E = sum over action dims of (x_0 - x0_hat(v))^2 / (std^2 + eps),     std^2 = sigma^2 dt
@@ -80,9 +83,11 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
     """The pi-StepNFT loss of a batch of single denoising steps -> (scalar, info of 0-d tensors).
 
     v_theta, v_old, x_t and target (x_next, or x_0 for endpoint_error) are (B, H, A); t_cur, t_next,
-    sigma, y are (B,); mask (B, H) marks executed actions. Only v_theta carries a gradient. info:
-    loss, without the KL; rank_accuracy, margin: share of actions whose right branch has the lower
-    E, and by how much; drift, clipped: length of v_theta - v_old, share above max_drift.
+    sigma, y are (B,); mask (B, H) marks executed actions. Only v_theta carries a gradient. The loss
+    of an action and the KL, kl_weight times the mean over dims of (v_theta - v_old)^2, are each
+    averaged by `executed_mean`. info, averaged over executed actions: loss, without the KL;
+    rank_accuracy, margin: share whose right branch has the lower E, and y (E_neg - E_pos); drift,
+    clipped: length of v_theta - v_old, share above max_drift.
     """
     assert v_theta.shape == v_old.shape == x_t.shape == target.shape, "expected four (B, H, A)"
     assert y.shape == t_cur.shape == x_t.shape[:1], f"y has shape {tuple(y.shape)}, expected (B,)"
@@ -98,12 +103,13 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
         info = {"loss": loss, "rank_accuracy": margin > 0, "margin": margin, "drift": drift,
                 "clipped": drift > max_drift}
         info = {name: (value * mask).sum() / count for name, value in info.items()}
-    # + kl_weight mean (v_theta - v_old)^2, the KL of two such Gaussians up to a factor
+    # the KL of two such Gaussians, up to a factor
     return loss + kl_weight * executed_mean((v_theta - v_old).pow(2).mean(-1), mask), info
 
 
 def executed_mean(values, mask):
-    """(B, H) -> mean over a row's executed actions, then over the rows that have any: scalar."""
+    """(B, H) -> mean over a row's executed actions, then over the rows that have any: scalar, 0 if
+    none has."""
     actions = mask.sum(-1)                                                        # (B,)
     per_row = (values * mask).sum(-1) / actions.clamp(min=1)
     return per_row.sum() / (actions > 0).sum().clamp(min=1)
@@ -122,9 +128,10 @@ def explore(policy, num_steps, noise_level):
 
 
 def labels(success, episode, group_size=1):
-    """Success per episode -> y per row: +1 success, -1 failure (the paper). With group_size > 1,
-    that many neighbours share a start and y is centred on their mean (GRPO's baseline): a start
-    that always fails or always succeeds gets y = 0 and teaches nothing."""
+    """success (episodes,) -> y of each row (B,) float, episode (B,) says whose: +1 success, -1
+    failure (the paper). With group_size > 1, that many neighbours share a start, and the mean of
+    their y is taken off (GRPO's baseline): a start that always fails or always succeeds gets y = 0
+    and teaches nothing."""
     y = torch.as_tensor(success).float() * 2 - 1                                  # (episodes,)
     if group_size > 1:
         groups = y.view(-1, group_size)
@@ -133,9 +140,13 @@ def labels(success, episode, group_size=1):
 
 
 def recorded_steps(policy, batch):
-    """Recorded denoising steps of b rows, with the velocity that `policy` has there now. batch["k"]
-    (b, n): which n of a row's K steps, one at random in the paper. Returns (ctx, for a critic, and
-    what `step_nft_loss` takes, a dict with b * n entries each and both targets x_next and x_0)."""
+    """Recorded denoising steps of b rows, with the velocity that `policy` has there now.
+
+    batch: an observation's entries and what `explore` recorded, x (b, K+1, H, A), v (b, K, H, A),
+    sigma (b, K); y (b,), mask (b, H); k (b, n): which n of a row's K steps, one at random in the
+    paper. Returns (ctx of the b rows, for a critic, and what `step_nft_loss` takes, a dict of
+    v_theta, v_old, x_t, x_next, x_0, t_cur, t_next, sigma, y, mask: b * n entries each, those of
+    the first row first)."""
     batch = flow.to_device(batch, policy)
     k, rows = batch["k"], torch.arange(len(batch["k"]))[:, None]
     times, n = sde.time_grid(batch["v"].shape[1]).to(k.device), k.shape[1]
@@ -177,8 +188,8 @@ def mean_info(infos):
 
 
 def ema_decay(iteration, iterations, start=0.1, end=0.995):
-    """alpha at an iteration: a half cosine from start (old follows at once) to end (old rests)."""
-    # alpha = end - (end - start) (1 + cos(pi iteration / iterations)) / 2
+    """alpha at an iteration, a half cosine from start (old follows at once) to end (old rests):
+    end - (end - start) (1 + cos(pi i / n)) / 2 at iteration i of n, counted from 0."""
     return end - (end - start) * (1 + math.cos(math.pi * iteration / iterations)) / 2
 
 

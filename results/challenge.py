@@ -1,0 +1,83 @@
+"""The challenge: how few episodes lift the toy world's clone to 0.90?
+
+An entry is a script that is called as 03 is, with --seed and --out, and does what 03 does: it starts
+from the SFT policy of that seed, plays episodes of GapWorld, saves policy.pt (the network of 01)
+and ends with a line RESULT ... episodes=N. Yours to change: everything else, the noise, the loss,
+what is played, how often a batch is used. Not allowed: demonstrations beyond the clone's six, the
+world's inner state, episodes that are not counted, and the five seeds below before the last run.
+
+It is valid if the mean success of the five policies is 0.90 or more, on 1,000 starts of their own,
+without noise, and each run takes at most a minute on one core. Its score is N, the fewer the better.
+
+Run:     python results/challenge.py 03_step_loss.py --noise-level 0.5 --lr 3e-4 --iterations 80
+Prints:  a line for each seed, then RESULT valid=... episodes=N
+Saves:   with --name NAME a row of results/challenge/entries.csv
+"""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+flow, nft, study = map(importlib.import_module, ("01_flow_policy", "03_step_loss", "study"))
+
+SEEDS, LEVEL, SECONDS, STARTS = (200, 201, 202, 203, 204), 0.9, 60, 1000
+
+
+def run(entry, seed):
+    """-> (success of its policy on starts that are no test's, episodes, seconds)."""
+    with tempfile.TemporaryDirectory() as out:
+        start = time.time()
+        done = subprocess.run([sys.executable, *entry, "--seed", str(seed), "--out", out], cwd=ROOT,
+                              text=True, stdout=subprocess.PIPE,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"})
+        seconds = time.time() - start
+        found = re.search(r"RESULT .*episodes=(\d+)", done.stdout)
+        if done.returncode or not found or not Path(out, "policy.pt").exists():
+            raise SystemExit(f"{entry[0]} --seed {seed}: no RESULT line with episodes=N, or no "
+                             "policy.pt in --out; see what 03_step_loss.py does")
+        policy = flow.FlowPolicy(horizon=4, action_dim=2, state_dim=3)
+        policy.load_state_dict(torch.load(Path(out, "policy.pt"), weights_only=True))
+    starts = flow.episode_seeds("test", STARTS, seed=seed, iteration=1)
+    return flow.evaluate(policy, flow.GapWorld(), starts).mean(), int(found[1]), seconds
+
+
+def main():
+    parser = flow.Parser(__doc__)
+    parser.add_argument("--name", help="adds the entry to the table under this name")
+    parser.add_argument("--seeds", type=flow.natural, nargs="+", default=SEEDS,
+                        help="others, to try an entry before it counts")
+    parser.add_argument("--out", type=Path, default="results/challenge", help="folder of the table")
+    parser.add_argument("entry", nargs="...", help="your script, with its flags")
+    args = parser.parse_args()
+    if not args.entry or not (ROOT / args.entry[0]).exists():
+        parser.error("entry: give a script of this folder and its flags, 03_step_loss.py say")
+    parser.make_folder("--out", args.out)
+    torch.set_num_threads(1)
+    results = []
+    for seed in args.seeds:
+        results.append(run(args.entry, seed))
+        print("seed {}: success {:.3f} after {} episodes, {:.0f} seconds".format(
+            seed, *results[-1]), flush=True)
+    success, episodes, seconds = np.array(results).T
+    valid = success.mean() >= LEVEL and seconds.max() <= SECONDS
+    row = {"name": args.name, "episodes": int(episodes.max()), "success": success.mean(),
+           "lowest": success.min(), "valid": "yes" if valid else "no", "seconds": seconds.max(),
+           "seeds": study.text(list(args.seeds)), **study.origin(" ".join(args.entry))}
+    if args.name:
+        nft.log_row(args.out / "entries.csv", row)
+    print("RESULT valid={valid} episodes={episodes} success={success:.3f} "
+          "seconds={seconds:.0f}".format(**row))
+
+
+if __name__ == "__main__":
+    main()
