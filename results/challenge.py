@@ -59,6 +59,7 @@ def main():
     parser.add_argument("--out", type=Path, default="results/challenge", help="folder of the table")
     parser.add_argument("entry", nargs="...", help="your script, with its flags")
     args = parser.parse_args()
+    args.entry = args.entry[args.entry[:1] == ["--"]:]  # which ends the list of --seeds
     if not args.entry or not (ROOT / args.entry[0]).exists():
         parser.error("entry: give a script of this folder and its flags, 03_step_loss.py say")
     parser.make_folder("--out", args.out)
