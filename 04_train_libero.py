@@ -42,6 +42,7 @@ import torch.distributed as dist
 from torch import nn
 
 from envs import libero
+from policies import pi0
 
 flow = importlib.import_module("01_flow_policy")
 nft = importlib.import_module("03_step_loss")
@@ -170,7 +171,8 @@ def average_gradients(module):
         parameter.grad /= rank_of()[1]
 
     for parameter in module.parameters() if dist.is_initialized() else []:
-        parameter.register_post_accumulate_grad_hook(average)
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(average)
 
 
 def equal_rows(batch):
@@ -227,7 +229,7 @@ def clone(args, make_policy, collect_demos):
         policy = make_policy(args).to(args.device)
         average_gradients(policy)
         torch.manual_seed(args.seed + rank_of()[0])  # each rank draws minibatches of its own
-        loss = flow.train_sft(policy, obs, chunks, args.sft_steps)
+        loss = flow.train_sft(policy, obs, chunks, args.sft_steps, args.sft_lr, args.sft_batch)
         print(f"SFT: flow matching loss {loss:.3f}")
     save(args.out / "sft.pt", policy, args)
     return policy
@@ -332,9 +334,10 @@ def save(path, policy, args, **more):
 
 
 def load_policy(path, device="cpu"):
-    """-> RobotPolicy from any checkpoint of `save`."""
+    """-> the policy of any checkpoint of `save`; pi0's needs the folder it was made from, too."""
     content = torch.load(path, map_location=device, weights_only=True)
-    policy = RobotPolicy(**content["config"]).to(device)
+    kind = pi0.PI0Policy if "folder" in content["config"] else RobotPolicy
+    policy = kind(**content["config"]).to(device)
     policy.load_state_dict(content["policy"])
     return policy
 
@@ -402,6 +405,8 @@ def add_run_flags(parser, envs_per_core, **defaults):
     add("--num-demos", type=positive_int, default=20, help="demonstrations per task for SFT")
     add("--demo-noise", type=flow.number(float, 0), default=0.1, help="noise on demo actions")
     add("--sft-steps", type=positive_int, default=1000, help="optimisation steps of flow matching")
+    add("--sft-lr", type=flow.positive_float, default=1e-3, help="AdamW's, falling to 0")
+    add("--sft-batch", type=positive_int, default=256, help="rows of each of these steps")
     add("--sft", type=checkpoint, metavar="FILE", help="start from another run's sft.pt")
     add("--iterations", type=natural, default=20, help="RL iterations; 0: SFT only")
     add("--episodes", type=positive_int, default=256, help="episodes per iteration, all tasks")
@@ -493,6 +498,12 @@ def make_world(args, suite=None, demo_noise=None, test=False, film=None):
 
 
 def make_policy(args):
+    if args.policy:
+        parts = pi0.memory(pi0.load(args.policy, "PI0Config"), args.train, args.micro_batch)
+        print("expected memory: {frozen:.1f} GB frozen + {trained:.1f} trained + {prefix:.1f} read "
+              "at a time + one pass".format(**parts), flush=True)
+        return pi0.PI0Policy(args.policy, args.horizon, libero.ACTION_DIM, args.state_dim,
+                             args.train, args.micro_batch)
     return RobotPolicy(args.horizon, libero.ACTION_DIM, args.state_dim,
                        cameras=2 * (args.obs == "rgb"), language=len(args.tasks) > 1)
 
@@ -566,6 +577,12 @@ def parse_args(argv=None):
         help="scripted, or a folder (or file) of LIBERO's official HDF5 demonstrations")
     add("--action-repeat", type=flow.positive_int, default=4, metavar="R",
         help="control steps (1/20 s) for which each action of a chunk is held")
+    add("--policy", metavar="PI0", help="a pi0 of Hugging Face's transformers, folder or name on "
+        "the hub, in place of the small network from scratch; with --obs rgb")
+    add("--train", default="expert", choices=["expert", "all"],
+        help="what of pi0 learns; the rest is frozen, in bfloat16")
+    add("--micro-batch", type=flow.positive_int, default=32, help="rows in pi0 at a time: lower it "
+        "until it fits the GPU; the result is the same")
     add("--skip-no-ops", action="store_true", help="leave out recorded steps that do nothing")
     add("--eval-suites", nargs="*", default=[], metavar="SUITE", help="further suites for the "
         "final test; _swap _object _lan _task are LIBERO-PRO's variants of --suite")
@@ -601,6 +618,8 @@ def parse_args(argv=None):
                 or libero.state_size(suite, args.obs) > args.state_dim):
             parser.error(f"--eval-suites {suite} has fewer tasks, or more things in one, than "
                          f"--suite {args.suite}")
+    if args.policy and args.obs != "rgb":
+        parser.error("--policy: a vision-language model sees, give --obs rgb")
     check_clone(parser, args, make_policy)
     args.gl = libero.find_gl() if args.obs == "rgb" or args.video else None
     parser.make_folder("--out", args.out)

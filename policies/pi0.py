@@ -1,0 +1,197 @@
+"""pi0, a vision-language-action model, as a policy of this repo: what 01 to 03 ask of one, no more.
+
+    encode(obs) -> ctx           images and sentence through the vision-language part, once
+    velocity(x_t, t, ctx)        one pass of the action expert, which reads that part's memory of them
+    denormalise(x_0)             flow units -> the robot's actions
+
+The network and its weights are Hugging Face's (`PI0ForConditionalGeneration` of transformers); its
+time and sign are ours: t = 1 is noise, v = noise - actions (Black et al. 2024). Images are fitted
+into the square that the network wants and scaled to [-1, 1], the sentence goes through the folder's
+own tokenizer. The state and the actions are padded with zeros to the network's width; what is
+padded takes part in the flow, as in pi0, but earns no credit (`credited` in 04).
+
+Nothing imports transformers before a policy is made.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def load(folder, what):
+    """from_pretrained of a class of transformers; SystemExit in one line if it fails."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return getattr(transformers, what).from_pretrained(folder)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        told = str(error).split("\n")[0][:150]
+        raise SystemExit(f"--policy {folder}: no {what} of pi0 there ({told})") from None
+
+
+def statistics(folder):
+    """{"state": (mean, std), "actions": (mean, std)} as the checkpoint's processor has them, or
+    less: a pretrained policy knows its own units, another gets those of the demonstrations."""
+    from transformers.utils import cached_file
+    path = cached_file(folder, "processor_config.json",
+                       _raise_exceptions_for_missing_entries=False)
+    found = json.loads(Path(path).read_text()) if path else {}
+    return {name: (torch.tensor(found[f"{name}_mean"]), torch.tensor(found[f"{name}_std"]))
+            for name in ("state", "actions") if found.get(f"{name}_mean") is not None}
+
+
+def is_frozen(name, train):
+    """Of a parameter: the vision-language part's, and a table of words that the expert never reads
+    (a quarter of a gigaparameter)."""
+    return ".dit.embed_tokens." in name or train == "expert" and ".vlm." in name
+
+
+def memory(config, train, micro_batch):
+    """Expected gigabytes, from the config alone: frozen parameters take 2 bytes, trained ones 20
+    (policy, old, gradient, Adam's two), the keys and values of a row with two cameras 2 each."""
+    from transformers import PI0ForConditionalGeneration
+    with torch.device("meta"):
+        model = PI0ForConditionalGeneration(config)
+    sizes = {False: 0, True: 0}
+    for name, p in model.named_parameters():
+        sizes[is_frozen(name, train)] += p.numel()
+    text, vision = config.vlm_config.text_config, config.vlm_config.vision_config
+    tokens = 2 * (vision.image_size // vision.patch_size) ** 2 + 48
+    width = text.num_key_value_heads * text.head_dim
+    return {"frozen": 2 * sizes[True] / 1e9, "trained": 20 * sizes[False] / 1e9,
+            "prefix": micro_batch * 4 * text.num_hidden_layers * width * tokens / 1e9}
+
+
+class PI0Policy(nn.Module):
+    """pi0 from a folder or a hub's name, for actions (H, action_dim).
+
+    train: "expert" (the action expert learns; the vision-language part is frozen in bfloat16 and
+    shared by all copies of the policy) or "all". state_dict holds what is trained, no more.
+    micro_batch: rows that are in the network at a time, whatever the size of a batch.
+    """
+
+    def __init__(self, folder, horizon, action_dim, state_dim, train="expert", micro_batch=32):
+        super().__init__()
+        self.config = dict(folder=str(folder), horizon=horizon, action_dim=action_dim,
+                           state_dim=state_dim, train=train, micro_batch=micro_batch)
+        self.model = load(folder, "PI0ForConditionalGeneration").float()
+        self.tokenizer, config = load(folder, "AutoTokenizer"), self.model.config
+        if config.max_action_dim < action_dim or config.max_state_dim < state_dim:
+            raise SystemExit(f"--policy {folder}: this pi0 has room for {config.max_state_dim} "
+                             f"numbers of state and {config.max_action_dim} of action, the robot "
+                             f"has {state_dim} and {action_dim}")
+        config.chunk_size = self.horizon = horizon  # no weight depends on it
+        self.action_dim, self.micro_batch = config.max_action_dim, micro_batch
+        for name, p in self.named_parameters():
+            if is_frozen(name, train):
+                p.requires_grad_(False)
+                p.data = p.data.bfloat16()
+        for name, size in (("state", config.max_state_dim), ("action", config.max_action_dim)):
+            self.register_buffer(f"{name}_centre", torch.zeros(size))
+            self.register_buffer(f"{name}_scale", torch.zeros(size))  # 0: padded
+        self.known = statistics(folder)
+        for name, (mean, std) in self.known.items():
+            self.set_normalisation(name, mean, std)
+
+    def set_normalisation(self, name, mean, std):
+        centre, scale = (getattr(self, f"{name.removesuffix('s')}_{what}")
+                         for what in ("centre", "scale"))
+        centre[:len(mean)], scale[:len(std)] = mean, std
+
+    def fit_normalisation(self, obs, chunks):
+        """What the checkpoint does not know, from the demonstrations: mean and deviation, as pi0's
+        own processor has them."""
+        for name, values in (("state", obs["state"]), ("actions", chunks.flatten(0, 1))):
+            if name not in self.known:
+                self.set_normalisation(name, values.mean(0), values.std(0))
+
+    def normalise(self, actions):
+        """(B, H, A_env) -> flow units (B, H, A)."""
+        actions = nn.functional.pad(actions, (0, self.action_dim - actions.shape[-1]))
+        return (actions - self.action_centre) / (self.action_scale + 1e-6)
+
+    def denormalise(self, x_0):
+        actions = x_0 * (self.action_scale + 1e-6) + self.action_centre
+        return actions[..., :self.config["action_dim"]].clamp(-1, 1)
+
+    def encode(self, obs):
+        """rgb (B, cameras, 3, h, w) uint8, tokens (B, L) uint8, state (B, S) -> ctx: for each
+        micro-batch its state, which tokens there are, and every layer's keys and values of them."""
+        parts = torch.arange(len(obs["state"])).split(self.micro_batch)
+        seen = {name: obs[name] for name in ("rgb", "tokens", "state") if name in obs}
+        return [self.prefix({name: seen[name][rows] for name in seen}) for rows in parts]
+
+    def prefix(self, obs):
+        """Images and sentence through the vision-language part -> what its layers remember."""
+        inputs = self.inputs(obs)
+        seen = inputs["attention_mask"]                                              # (b, N)
+        with torch.set_grad_enabled(self.config["train"] == "all" and torch.is_grad_enabled()):
+            embedded = self.model.model.embed_prefix(**inputs)                       # (b, N, width)
+            layers = self.model.model.vlm(
+                inputs_embeds=embedded, attention_mask=seen, position_ids=seen.cumsum(-1) - 1,
+                token_type_ids=torch.zeros_like(seen), use_cache=True).cache.layers
+        return self.state(obs), seen, [(layer.keys, layer.values) for layer in layers]
+
+    def velocity(self, x_t, t, ctx):
+        """(B, H, A), times (B,) -> v (B, H, A). A gradient costs a second pass: of the first only
+        the inputs are kept, so that the memory is that of one micro-batch."""
+        parts = zip(x_t.split(self.micro_batch), t.split(self.micro_batch), *zip(*ctx))
+        return torch.cat([checkpoint(self.expert, *part, use_reentrant=False) for part in parts])
+
+    def expert(self, x_t, t, state, seen, layers):
+        from transformers import DynamicCache
+        return self.model(state=state, noise=x_t, timestep=t, attention_mask=seen,
+                          cache=DynamicCache(layers)).logits
+
+    def state(self, obs):
+        state = nn.functional.pad(obs["state"], (0, len(self.state_scale) - obs["state"].shape[-1]))
+        return ((state - self.state_centre) / (self.state_scale + 1e-6)).clamp(-5, 5)
+
+    def inputs(self, obs):
+        """An observation -> what the vision-language part reads: <image> ... <bos> sentence \\n."""
+        cameras, vision = obs["rgb"].shape[1], self.model.config.vlm_config.vision_config
+        images = obs["rgb"].flatten(0, 1).float() / 127.5 - 1                        # [-1, 1]
+        factor = vision.image_size / max(images.shape[-2:])
+        images = nn.functional.interpolate(images, scale_factor=factor, mode="bilinear",
+                                           antialias=True, align_corners=False)
+        below, beside = (vision.image_size - size for size in images.shape[-2:])
+        images = nn.functional.pad(images, (0, beside, 0, below), value=-1)          # black
+        texts = [""] * len(obs["state"])
+        if "tokens" in obs:
+            texts = [bytes(row.tolist()).decode().strip() for row in obs["tokens"].cpu()]
+        image = [self.model.config.vlm_config.image_token_id]
+        image = image * cameras * (vision.image_size // vision.patch_size) ** 2
+        sentences = [image + [self.tokenizer.bos_token_id]
+                     + self.tokenizer(text + "\n", add_special_tokens=False)["input_ids"]
+                     for text in texts]
+        longest = max(map(len, sentences))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in sentences])
+        seen = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in sentences])
+        dtype, device = next(self.model.model.vlm.parameters()).dtype, images.device
+        return {"input_ids": ids.to(device), "attention_mask": seen.to(device),
+                "pixel_values": images.unflatten(0, (-1, cameras)).to(dtype),
+                "pixel_attention_mask": torch.ones(len(ids), cameras, dtype=bool, device=device)}
+
+    def state_dict(self, *args, **kwargs):
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        content = super().state_dict(*args, **kwargs)
+        return {name: value for name, value in content.items() if name not in frozen}
+
+    def load_state_dict(self, content):
+        missing, unexpected = super().load_state_dict(content, strict=False)
+        assert not unexpected and not set(missing) & set(self.state_dict()), "another policy's"
+
+    def __deepcopy__(self, memo):
+        """A copy that shares what is frozen: `old` costs as much memory as what is trained."""
+        memo.update({id(p): p for p in self.parameters() if not p.requires_grad})
+        memo[id(self.tokenizer)] = self.tokenizer
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo)
+                              for name, value in self.__dict__.items()})
+        return twin

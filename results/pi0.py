@@ -1,0 +1,136 @@
+"""Does the same 03 lift a vision-language-action model? A tiny pi0 on PixelGap, from random weights.
+
+The architecture is pi0's (PI0ForConditionalGeneration of transformers, policies/pi0.py), every part
+small: 0.2 million parameters, pictures of 16 x 16 pixels, no sentence. As nothing in it is
+pretrained, all of it learns (--train all of 04). SFT on 48 demonstrations, then pi-StepNFT with
+04's loop; tested on 1,000 starts that are in no training, before and after.
+
+--memory needs no weights: gigabytes of the full model by its config, for one GPU.
+
+Run:     python results/pi0.py                 (3 seeds, 25 minutes each on one core)
+         python results/pi0.py --memory
+Saves:   results/pi0/{curve.csv, memory.csv}; curve.csv has a row for each evaluation
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+flow, nft, robot, compare, study = map(importlib.import_module, (
+    "01_flow_policy", "03_step_loss", "04_train_libero", "05_train_maniskill", "study"))
+from envs import pixel_gap  # noqa: E402  (the lines above tell where)
+from policies import pi0  # noqa: E402
+
+WORDS = 300  # in the tiny model's vocabulary: each byte, three special ones, some to spare
+
+
+def make_tiny(folder, seed=0, pixels=16, patch=4, actions=8):
+    """Writes a pi0 with random weights and a tokenizer of bytes, as save_pretrained would."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PI0Config, PI0ForConditionalGeneration, PreTrainedTokenizerFast
+    torch.manual_seed(seed)
+    small = {"num_hidden_layers": 3, "num_attention_heads": 2}
+    text = {"model_type": "gemma", "hidden_size": 64, "intermediate_size": 128, **small,
+            "num_key_value_heads": 1, "head_dim": 16, "vocab_size": WORDS}
+    eyes = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128,
+            **small, "image_size": pixels, "patch_size": patch, "vision_use_head": False}
+    expert = {"model_type": "gemma", "hidden_size": 64, "intermediate_size": 128, **small,
+              "num_key_value_heads": 1, "head_dim": 16}
+    PI0ForConditionalGeneration(PI0Config(
+        vlm_config={"model_type": "paligemma", "text_config": text, "vision_config": eyes,
+                    "projection_dim": 64, "image_token_id": WORDS - 1},
+        dit_config=expert, max_state_dim=actions, max_action_dim=actions)).save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {word: i for i, word in enumerate(["<pad>", "<bos>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>",
+                            pad_token="<pad>").save_pretrained(folder)
+
+
+def run(job):
+    """SFT and RL of one seed -> a row for each evaluation on 1,000 test starts."""
+    start, rows, world = time.time(), [], pixel_gap.PixelGap()
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        make_tiny(f"{out}/pi0", job["seed"])
+        args = compare.parse_args(
+            f"--task PixelGap --seed {job['seed']} --lr {job['lr']} --noise-level "
+            f"{job['noise_level']} --iterations {job['iterations']} --episodes {job['episodes']} "
+            f"--sft-steps {job['sft_steps']} --eval-every 10 --device cpu --out {out}/run".split())
+
+        def make_policy(args):
+            return pi0.PI0Policy(f"{out}/pi0", args.horizon, 2, 2, "all", micro_batch=2048)
+
+        def measure(policy, name):
+            seeds = flow.episode_seeds("test", job["test_episodes"])
+            success = flow.evaluate(policy, world, seeds, args.num_steps).mean()
+            rows.append({"iteration": min(args.eval_every * len(rows), args.iterations),
+                         "success": success})
+            return success
+
+        sft = robot.clone(args, make_policy, compare.collect_demos)
+        robot.train(args, sft, world, robot.StepNFT(args),
+                    functools.partial(compare.starts, args), measure)
+        flow.pyplot().close("all")
+    told = {"seconds": round(time.time() - start), **study.origin("results/pi0.py")}
+    return [{**row, **told} for row in rows]
+
+
+def memory_rows():
+    """The full model's expected gigabytes for both --train, 32 rows at a time."""
+    from transformers import PI0Config
+    for train in ("expert", "all"):
+        parts = pi0.memory(PI0Config(), train, micro_batch=32)
+        yield {"train": train, **parts, "total": sum(parts.values())}
+
+
+def parse_args():
+    parser = flow.Parser(__doc__)
+    add, positive_int = parser.add_argument, flow.positive_int
+    add("--seeds", type=positive_int, default=3, help="seeds 0, 1, ...")
+    add("--first-seed", type=flow.natural, default=0)
+    add("--lr", type=flow.positive_float, default=3e-4, help="of RL, falling to 0")
+    add("--noise-level", type=flow.positive_float, default=0.3, help="of exploration")
+    add("--iterations", type=positive_int, default=60, help="RL iterations")
+    add("--episodes", type=positive_int, default=256, help="episodes per iteration, 8 a start")
+    add("--sft-steps", type=positive_int, default=1500, help="optimisation steps of flow matching")
+    add("--test-episodes", type=positive_int, default=1000, help="of each evaluation")
+    add("--memory", action="store_true", help="no training: the memory of the full model")
+    add("--jobs", type=positive_int, default=1, help="seeds at a time, one core each")
+    add("--out", type=Path, default="results/pi0", help="folder of the tables")
+    args = parser.parse_args()
+    parser.make_folder("--out", args.out)
+    return args
+
+
+def main():
+    args, start = parse_args(), time.time()
+    torch.set_num_threads(1)
+    if args.memory:
+        (args.out / "memory.csv").unlink(missing_ok=True)
+        for row in memory_rows():
+            nft.log_row(args.out / "memory.csv", row)
+            print("--train {train}: {total:.1f} GB".format(**row))
+        return print(f"RESULT saved={args.out}/memory.csv")
+    jobs = [{name: getattr(args, name) for name in (
+        "lr", "noise_level", "iterations", "episodes", "sft_steps", "test_episodes")} | {"seed": s}
+        for s in range(args.first_seed, args.first_seed + args.seeds)]
+    study.collect(jobs, run, args.out / "curve.csv", args.jobs, desc="seeds")
+    for job in jobs:
+        first, *_, last = study.rows_of([job], args.out / "curve.csv")
+        print(f"seed {job['seed']}: SFT {float(first['success']):.3f}, after {last['iteration']} "
+              f"iterations {float(last['success']):.3f}")
+    print(f"RESULT seeds={len(jobs)} saved={args.out}/curve.csv seconds={time.time() - start:.0f}")
+
+
+if __name__ == "__main__":
+    main()
