@@ -9,7 +9,7 @@ pretrained, all of it learns (--train all of 04). SFT on 48 demonstrations, then
 
 Run:     python results/pi0.py                 (3 seeds, 8 minutes each on one core)
          python results/pi0.py --memory
-Saves:   results/pi0/{curve.csv, memory.csv}; curve.csv has a row for each evaluation
+Saves:   results/pi0/{curve.csv, summary.csv, memory.csv}; a row of curve.csv is an evaluation
 """
 
 import contextlib
@@ -126,10 +126,13 @@ def main():
         "lr", "noise_level", "iterations", "episodes", "sft_steps", "test_episodes")} | {"seed": s}
         for s in range(args.first_seed, args.first_seed + args.seeds)]
     study.collect(jobs, run, args.out / "curve.csv", args.jobs, desc="seeds")
+    (args.out / "summary.csv").unlink(missing_ok=True)
     for job in jobs:
         first, *_, last = study.rows_of([job], args.out / "curve.csv")
-        print(f"seed {job['seed']}: SFT {float(first['success']):.3f}, after {last['iteration']} "
-              f"iterations {float(last['success']):.3f}")
+        row = {"seed": job["seed"], "sft": first["success"], "after": last["success"],
+               "test_episodes": job["test_episodes"], "seconds": last["seconds"]}
+        nft.log_row(args.out / "summary.csv", row)
+        print("seed {seed}: SFT {sft}, after RL {after}".format(**row))
     print(f"RESULT seeds={len(jobs)} saved={args.out}/curve.csv seconds={time.time() - start:.0f}")
 
 
