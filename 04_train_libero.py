@@ -16,7 +16,8 @@ numbers; all K denoising steps of a chunk are trained on; labels are centred on 
 one start; noise 0.5, because most of it is contracted away before it reaches the arm (notebook
 exploration_width); slope 0.1 of the ranking, which holds the policy back less; the old policy
 follows quickly. Each is a flag. Always: the learning rate falls to 0, and action dims that hardly
-move in the demos earn no credit. Left out: the vision-language backbone.
+move in the demos earn no credit. --policy brings the paper's kind of network, a pi0
+(policies/pi0.py), in the place of the small one below.
 
 Run:     python 04_train_libero.py --num-demos 1 --seed 2     (task 0, 17 minutes on two cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/last.pt --video 4
@@ -218,6 +219,7 @@ def clone(args, make_policy, collect_demos):
     """The SFT policy: this run's (--resume), another run's (--sft), or trained on demos."""
     if args.resume or args.sft:
         policy = load_policy(args.sft or args.resume.parent / "sft.pt", args.device)
+        policy.micro_batch = getattr(args, "micro_batch", None)  # of pi0: the machine's business
     else:
         demos, H, R = collect_demos(args), args.horizon, args.action_repeat
         # an action that is held for R steps does what the demo did in them, on average
@@ -230,6 +232,7 @@ def clone(args, make_policy, collect_demos):
         average_gradients(policy)
         torch.manual_seed(args.seed + rank_of()[0])  # each rank draws minibatches of its own
         loss = flow.train_sft(policy, obs, chunks, args.sft_steps, args.sft_lr, args.sft_batch)
+        policy.zero_grad()  # frees the gradients
         print(f"SFT: flow matching loss {loss:.3f}")
     save(args.out / "sft.pt", policy, args)
     return policy
@@ -248,6 +251,7 @@ def credited(policy, v_theta, v_old):
 
 class StepNFT:
     """The method as `train` uses it: how to explore, and what to learn from the episodes."""
+    name = "pi-StepNFT"
     beside = ()  # modules that learn beside the policy and are saved with it: a critic, say
 
     def __init__(self, args):
@@ -394,7 +398,7 @@ def checkpoint(text):
 # Of a checkpoint's flags, what belongs to the machine or the call, and what may change in a run
 OF_THE_CALL = {"script", "out", "resume", "eval_only", "device", "video", "sft"}
 FREE = {"iterations", "eval_every", "eval_episodes", "test_episodes", "test_states",
-        "test_max_steps", "eval_suites", "eval_ood", "ood_episodes", "num_envs"}
+        "test_max_steps", "eval_suites", "eval_ood", "ood_episodes", "num_envs", "micro_batch"}
 
 
 def add_run_flags(parser, envs_per_core, **defaults):
@@ -499,9 +503,11 @@ def make_world(args, suite=None, demo_noise=None, test=False, film=None):
 
 def make_policy(args):
     if args.policy:
-        parts = pi0.memory(pi0.load(args.policy, "PI0Config"), args.train, args.micro_batch)
-        print("expected memory: {frozen:.1f} GB frozen + {trained:.1f} trained + {prefix:.1f} read "
-              "at a time + one pass".format(**parts), flush=True)
+        parts = pi0.memory(pi0.load(args.policy, "PI0Config"), args.train,
+                           max(args.minibatch, args.sft_batch))
+        print("expected memory: {frozen:.1f} GB of frozen weights, {trained:.1f} of trained ones, "
+              "{kept:.1f} of a batch's keys and values; a pass comes on top".format(**parts),
+              flush=True)
         return pi0.PI0Policy(args.policy, args.horizon, libero.ACTION_DIM, args.state_dim,
                              args.train, args.micro_batch)
     return RobotPolicy(args.horizon, libero.ACTION_DIM, args.state_dim,
@@ -608,7 +614,7 @@ def parse_args(argv=None):
     if not scripted and demos_wanted and not Path(args.demos).exists():
         parser.error(f"--demos {args.demos}: no such file or folder")
     args.test_max_steps = args.test_max_steps or libero.time_limit(args.suite)
-    # training on scripted demos, which take 60 to 150 steps, stops sooner: failures cost most time
+    # training on scripted demos, 60 to 150 steps on average, stops sooner: failures cost most time
     sooner = max(160, args.test_max_steps // 2)
     args.max_steps = args.max_steps or (sooner if scripted else args.test_max_steps)
     args.state_dim = libero.state_size(args.suite, args.obs)
@@ -618,6 +624,8 @@ def parse_args(argv=None):
                 or libero.state_size(suite, args.obs) > args.state_dim):
             parser.error(f"--eval-suites {suite} has fewer tasks, or more things in one, than "
                          f"--suite {args.suite}")
+    if not args.policy and args.train != parser.get_default("train"):
+        parser.error("--train all: that is about pi0; give --policy")
     if args.policy and args.obs != "rgb":
         parser.error("--policy: a vision-language model sees, give --obs rgb")
     check_clone(parser, args, make_policy)
@@ -635,6 +643,7 @@ def main(method=StepNFT):
     told = f"RESULT suite={args.suite} task={','.join(map(str, args.tasks))}"
     if args.eval_only:
         policies = {str(args.eval_only): load_policy(args.eval_only, args.device)}
+        policies[str(args.eval_only)].micro_batch = args.micro_batch
         rates = test_all(policies, args)
         return print(f"{told} success={rates[str(args.eval_only)]:.3f} "
                      f"seconds={time.time() - start:.0f}")
@@ -650,7 +659,7 @@ def main(method=StepNFT):
         return report(f"validation, {name}", evaluate(policy, world, seeds, args.num_steps))
 
     policy, env_steps = train(args, sft, world, method(args), start_seeds, validate)
-    policies = {"SFT": sft, "pi-StepNFT": policy} if args.iterations else {"SFT": sft}
+    policies = {"SFT": sft, method.name: policy} if args.iterations else {"SFT": sft}
     world.close()
     rates = list(test_all(policies, args).values())
     print(f"{told} sft={rates[0]:.3f} stepnft={rates[-1]:.3f} "

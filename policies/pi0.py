@@ -1,8 +1,9 @@
 """pi0, a vision-language-action model, as a policy of this repo: what 01 to 03 ask of one, no more.
 
-    encode(obs) -> ctx           images and sentence through the vision-language part, once
-    velocity(x_t, t, ctx)        one pass of the action expert, which reads that part's memory of them
-    denormalise(x_0)             flow units -> the robot's actions
+    encode(obs) -> ctx       images and sentence through the vision-language part, once
+    velocity(x_t, t, ctx)    one pass of the action expert, which reads what that part's layers keep
+    denormalise(x_0)         flow units -> the robot's actions
+    fit_normalisation, normalise, config       as FlowPolicy has them: for SFT, and for checkpoints
 
 The network and its weights are Hugging Face's (`PI0ForConditionalGeneration` of transformers); its
 time and sign are ours: t = 1 is noise, v = noise - actions (Black et al. 2024). Images are fitted
@@ -24,11 +25,22 @@ from torch.utils.checkpoint import checkpoint
 
 def load(folder, what):
     """from_pretrained of a class of transformers; SystemExit in one line if it fails."""
-    import transformers
+    try:
+        import transformers
+    except ImportError as error:
+        raise SystemExit(f"--policy: no transformers ({error}): pip install transformers") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        return getattr(transformers, what).from_pretrained(folder)
+        if what != "PI0ForConditionalGeneration":
+            return getattr(transformers, what).from_pretrained(folder)
+        model, told = transformers.PI0ForConditionalGeneration.from_pretrained(
+            folder, output_loading_info=True)
+        lost = [*told["missing_keys"], *told["mismatched_keys"]]
+        if lost:  # they would be random
+            raise SystemExit(f"--policy {folder}: {len(lost)} weights of pi0 are missing there, "
+                             f"{lost[0]} for one; give a checkpoint of transformers' pi0")
+        return model
     except (OSError, ValueError, KeyError, AttributeError) as error:
         told = str(error).split("\n")[0][:150]
         raise SystemExit(f"--policy {folder}: no {what} of pi0 there ({told})") from None
@@ -46,14 +58,15 @@ def statistics(folder):
 
 
 def is_frozen(name, train):
-    """Of a parameter: the vision-language part's, and a table of words that the expert never reads
-    (a quarter of a gigaparameter)."""
+    """Whether a parameter stays as it is: the vision-language part's, and word embeddings of the
+    action expert, 0.26 billion numbers that it never reads."""
     return ".dit.embed_tokens." in name or train == "expert" and ".vlm." in name
 
 
-def memory(config, train, micro_batch):
-    """Expected gigabytes, from the config alone: frozen parameters take 2 bytes, trained ones 20
-    (policy, old, gradient, Adam's two), the keys and values of a row with two cameras 2 each."""
+def memory(config, train, rows):
+    """Expected gigabytes, from the config alone: frozen parameters take 2 bytes, trained ones 24
+    (policy, acting policy, SFT policy, gradient, Adam's two); the keys and values of a batch's rows
+    with two cameras 2 a number, 4 if they are trained. One pass of a micro-batch comes on top."""
     from transformers import PI0ForConditionalGeneration
     with torch.device("meta"):
         model = PI0ForConditionalGeneration(config)
@@ -63,8 +76,9 @@ def memory(config, train, micro_batch):
     text, vision = config.vlm_config.text_config, config.vlm_config.vision_config
     tokens = 2 * (vision.image_size // vision.patch_size) ** 2 + 48
     width = text.num_key_value_heads * text.head_dim
-    return {"frozen": 2 * sizes[True] / 1e9, "trained": 20 * sizes[False] / 1e9,
-            "prefix": micro_batch * 4 * text.num_hidden_layers * width * tokens / 1e9}
+    bytes_each = 2 * (2 if train == "expert" else 4)   # a key and a value
+    return {"frozen": 2 * sizes[True] / 1e9, "trained": 24 * sizes[False] / 1e9,
+            "kept": rows * bytes_each * text.num_hidden_layers * width * tokens / 1e9}
 
 
 class PI0Policy(nn.Module):
@@ -72,13 +86,14 @@ class PI0Policy(nn.Module):
 
     train: "expert" (the action expert learns; the vision-language part is frozen in bfloat16 and
     shared by all copies of the policy) or "all". state_dict holds what is trained, no more.
-    micro_batch: rows that are in the network at a time, whatever the size of a batch.
+    micro_batch: rows that are in the network at a time, whatever the size of a batch; what a batch
+    keeps of all its rows are the keys and values of images and sentence.
     """
 
     def __init__(self, folder, horizon, action_dim, state_dim, train="expert", micro_batch=32):
         super().__init__()
         self.config = dict(folder=str(folder), horizon=horizon, action_dim=action_dim,
-                           state_dim=state_dim, train=train, micro_batch=micro_batch)
+                           state_dim=state_dim, train=train)
         self.model = load(folder, "PI0ForConditionalGeneration").float()
         self.tokenizer, config = load(folder, "AutoTokenizer"), self.model.config
         if config.max_action_dim < action_dim or config.max_state_dim < state_dim:
@@ -96,6 +111,11 @@ class PI0Policy(nn.Module):
             self.register_buffer(f"{name}_scale", torch.zeros(size))  # 0: padded
         self.known = statistics(folder)
         for name, (mean, std) in self.known.items():
+            size = {"state": state_dim, "actions": action_dim}[name]
+            if len(mean) != size:
+                raise SystemExit(f"--policy {folder}: its {name} statistics have {len(mean)} "
+                                 f"numbers, the robot has {size}; take them out of "
+                                 "processor_config.json, then the demonstrations give them")
             self.set_normalisation(name, mean, std)
 
     def set_normalisation(self, name, mean, std):
@@ -116,6 +136,7 @@ class PI0Policy(nn.Module):
         return (actions - self.action_centre) / (self.action_scale + 1e-6)
 
     def denormalise(self, x_0):
+        """(B, H, A) -> (B, H, A_env), within the [-1, 1] that robots here take."""
         actions = x_0 * (self.action_scale + 1e-6) + self.action_centre
         return actions[..., :self.config["action_dim"]].clamp(-1, 1)
 
@@ -123,11 +144,13 @@ class PI0Policy(nn.Module):
         """rgb (B, cameras, 3, h, w) uint8, tokens (B, L) uint8, state (B, S) -> ctx: for each
         micro-batch its state, which tokens there are, and every layer's keys and values of them."""
         parts = torch.arange(len(obs["state"])).split(self.micro_batch)
-        seen = {name: obs[name] for name in ("rgb", "tokens", "state") if name in obs}
-        return [self.prefix({name: seen[name][rows] for name in seen}) for rows in parts]
+        inputs = {name: obs[name] for name in ("rgb", "tokens", "state") if name in obs}
+        return [checkpoint(self.prefix, {name: z[rows] for name, z in inputs.items()},
+                           use_reentrant=False) for rows in parts]
 
     def prefix(self, obs):
-        """Images and sentence through the vision-language part -> what its layers remember."""
+        """Images and sentence through the vision-language part -> (state (b, S), which of the N
+        tokens are there (b, N), a key and a value (b, heads, N, width) of every layer)."""
         inputs = self.inputs(obs)
         seen = inputs["attention_mask"]                                              # (b, N)
         with torch.set_grad_enabled(self.config["train"] == "all" and torch.is_grad_enabled()):
@@ -144,20 +167,24 @@ class PI0Policy(nn.Module):
         return torch.cat([checkpoint(self.expert, *part, use_reentrant=False) for part in parts])
 
     def expert(self, x_t, t, state, seen, layers):
+        """One pass of the action expert: (b, H, A), (b,) and what `prefix` gave -> v (b, H, A)."""
         from transformers import DynamicCache
         return self.model(state=state, noise=x_t, timestep=t, attention_mask=seen,
                           cache=DynamicCache(layers)).logits
 
     def state(self, obs):
+        """(B, S) -> (B, what pi0 has room for), normalised, padded, cut at 5 as in 01."""
         state = nn.functional.pad(obs["state"], (0, len(self.state_scale) - obs["state"].shape[-1]))
         return ((state - self.state_centre) / (self.state_scale + 1e-6)).clamp(-5, 5)
 
     def inputs(self, obs):
-        """An observation -> what the vision-language part reads: <image> ... <bos> sentence \\n."""
+        """rgb (B, cameras, 3, h, w), tokens (B, L) -> what the vision-language part reads:
+        image tokens, then begin, sentence, newline. Images are black below or at the right."""
         cameras, vision = obs["rgb"].shape[1], self.model.config.vlm_config.vision_config
         images = obs["rgb"].flatten(0, 1).float() / 127.5 - 1                        # [-1, 1]
         factor = vision.image_size / max(images.shape[-2:])
-        images = nn.functional.interpolate(images, scale_factor=factor, mode="bilinear",
+        size = [round(factor * side) for side in images.shape[-2:]]
+        images = nn.functional.interpolate(images, size=size, mode="bilinear",
                                            antialias=True, align_corners=False)
         below, beside = (vision.image_size - size for size in images.shape[-2:])
         images = nn.functional.pad(images, (0, beside, 0, below), value=-1)          # black
@@ -184,7 +211,8 @@ class PI0Policy(nn.Module):
 
     def load_state_dict(self, content):
         missing, unexpected = super().load_state_dict(content, strict=False)
-        assert not unexpected and not set(missing) & set(self.state_dict()), "another policy's"
+        if unexpected or set(missing) & set(self.state_dict()):
+            raise SystemExit(f"this checkpoint is not one of the pi0 in {self.config['folder']}")
 
     def __deepcopy__(self, memo):
         """A copy that shares what is frozen: `old` costs as much memory as what is trained."""

@@ -112,12 +112,12 @@ def main():
         parser.error(f"exercises {sorted(chosen - set(numbers))}: those here are {numbers}")
     beside = {name: answer(Try(0, name, command)) for name, command in PLAIN.items()}
     beside["02"] = answer(Try(0, "", "02_sde_sampler.py"))
-    found = []
+    found, (_, commit) = [], subprocess.getstatusoutput("git describe --always --dirty")
     for attempt in tqdm([attempt for attempt in TRIES if attempt.exercise in chosen]):
         success, remark = answer(attempt)
         plain = beside["half" if attempt.exercise == 15 else attempt.command[:2]]
         found.append({"exercise": attempt.exercise, "what": attempt.what, "success": success,
-                      "beside": plain[0], "remark": remark, "code": "today"})
+                      "beside": plain[0], "remark": remark, "code": commit})
     kept = [row for row in read(TABLE) if int(row["exercise"]) not in chosen]
     rows = sorted([*kept, *found], key=lambda row: int(row["exercise"]))
     with open(TABLE, "w", newline="") as file:

@@ -2,7 +2,8 @@
 
 04 with one method exchanged: the clone plays as it does there, and then, in place of ranking steps,
 learns by flow matching from the chunks of its own successes. Failures teach nothing. Episodes,
-exploration noise, passes, the old policy and all flags are 04's; only --lr means another loss.
+exploration noise, passes and the old policy are as there, with the same flags; those of the ranking
+(--target, --beta, --dpo-beta, --max-drift, --transitions) do nothing here.
 
 Run:     python results/filtered_bc.py --tasks all --num-demos 1 --lr 1e-4 --out runs/filtered_bc
 Prints, saves: what 04 does.
@@ -21,6 +22,7 @@ flow, nft, robot = map(importlib.import_module, (
 
 class FilteredBC(robot.StepNFT):
     """`StepNFT` of 04, with another `learn`."""
+    name = "filtered BC"
 
     def learn(self, policy, optimizer, batch, success):
         """Minibatch steps of flow matching on what was played in successful episodes -> info."""

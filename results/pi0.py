@@ -5,11 +5,14 @@ small: 0.26 million parameters, pictures of 16 x 16 pixels, no sentence. As noth
 pretrained, all of it learns (--train all of 04). SFT on 48 demonstrations, then pi-StepNFT with
 04's loop on all K steps of a chunk; tested on 1,000 starts that are in no training.
 
---memory needs no weights: gigabytes of the full model by its config, for one GPU.
+--memory needs no weights: gigabytes of the full model by its config, for one GPU. --scaling: how
+the time of a rollout and of an update grows from this tiny one to one of 40 times its size.
 
 Run:     python results/pi0.py                 (3 seeds, 8 minutes each on one core)
          python results/pi0.py --memory
-Saves:   results/pi0/{curve.csv, summary.csv, memory.csv}; a row of curve.csv is an evaluation
+         python results/pi0.py --scaling       (a minute; only on a quiet machine)
+Saves:   results/pi0/{curve.csv, summary.csv, memory.csv, scaling.csv}; a row of curve.csv is an
+         evaluation
 """
 
 import contextlib
@@ -33,21 +36,19 @@ from policies import pi0  # noqa: E402
 WORDS = 300  # in the tiny model's vocabulary: each byte, three special ones, some to spare
 
 
-def make_tiny(folder, seed=0, pixels=16, patch=8, actions=8):
+def make_tiny(folder, seed=0, pixels=16, patch=8, actions=8, layers=2, width=64):
     """Writes a pi0 with random weights and a tokenizer of bytes, as save_pretrained would."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PI0Config, PI0ForConditionalGeneration, PreTrainedTokenizerFast
     torch.manual_seed(seed)
-    small = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    text = {"model_type": "gemma", "hidden_size": 64, "intermediate_size": 128, **small,
-            "num_key_value_heads": 1, "head_dim": 16, "vocab_size": WORDS}
-    eyes = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 128,
-            **small, "image_size": pixels, "patch_size": patch, "vision_use_head": False}
-    expert = {"model_type": "gemma", "hidden_size": 64, "intermediate_size": 128, **small,
-              "num_key_value_heads": 1, "head_dim": 16}
+    small = {"num_hidden_layers": layers, "num_attention_heads": 2, "hidden_size": width,
+             "intermediate_size": 2 * width}
+    expert = {"model_type": "gemma", **small, "num_key_value_heads": 1, "head_dim": 16}
+    eyes = {"model_type": "siglip_vision_model", **small, "image_size": pixels,
+            "patch_size": patch, "vision_use_head": False}
     PI0ForConditionalGeneration(PI0Config(
-        vlm_config={"model_type": "paligemma", "text_config": text, "vision_config": eyes,
-                    "projection_dim": 64, "image_token_id": WORDS - 1},
+        vlm_config={"model_type": "paligemma", "text_config": {**expert, "vocab_size": WORDS},
+                    "vision_config": eyes, "projection_dim": width, "image_token_id": WORDS - 1},
         dit_config=expert, max_state_dim=actions, max_action_dim=actions)).save_pretrained(folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {word: i for i, word in enumerate(["<pad>", "<bos>", *letters])}
@@ -87,11 +88,34 @@ def run(job):
 
 
 def memory_rows():
-    """The full model's expected gigabytes for both --train, 32 rows at a time."""
+    """The full model's expected gigabytes for both --train, minibatches of 256 rows."""
     from transformers import PI0Config
     for train in ("expert", "all"):
-        parts = pi0.memory(PI0Config(), train, micro_batch=32)
+        parts = pi0.memory(PI0Config(), train, rows=256)
         yield {"train": train, **parts, "total": sum(parts.values())}
+
+
+def scaling_rows(rows=64, steps=4):
+    """Seconds on one core for 64 chunks of two cameras and a sentence: sampled with K = 4 (encode
+    once, four velocities), and learned from (one optimisation step on one denoising step)."""
+    obs = {"state": torch.randn(rows, 6), "tokens": torch.full((rows, 40), 97, dtype=torch.uint8),
+           "rgb": torch.randint(256, (rows, 2, 3, 56, 56), dtype=torch.uint8)}
+    for layers, width in ((2, 64), (4, 128), (8, 256)):
+        with tempfile.TemporaryDirectory() as folder:
+            make_tiny(folder, pixels=56, patch=14, layers=layers, width=width)
+            policy = pi0.PI0Policy(folder, 4, 7, 6, micro_batch=16)
+        optimizer = torch.optim.Adam(p for p in policy.parameters() if p.requires_grad)
+        row = {"layers": layers, "width": width,
+               "parameters": sum(p.numel() for p in policy.parameters())}
+        for again in range(2):  # the first time warms up
+            start = time.time()
+            x_0 = flow.ode_sample(policy, obs, steps)
+            row["rollout_seconds"] = time.time() - start
+            start = time.time()
+            loss = flow.flow_matching_loss(policy, obs, x_0)  # a velocity and its gradient
+            nft.optimise(policy, optimizer, loss, grad_clip=1.0)
+            row["update_seconds"] = time.time() - start
+        yield row
 
 
 def parse_args():
@@ -106,6 +130,7 @@ def parse_args():
     add("--sft-steps", type=positive_int, default=1500, help="optimisation steps of flow matching")
     add("--test-episodes", type=positive_int, default=1000, help="of each evaluation")
     add("--memory", action="store_true", help="no training: the memory of the full model")
+    add("--scaling", action="store_true", help="no training: seconds, for three sizes")
     add("--jobs", type=positive_int, default=1, help="seeds at a time, one core each")
     add("--out", type=Path, default="results/pi0", help="folder of the tables")
     args = parser.parse_args()
@@ -116,12 +141,13 @@ def parse_args():
 def main():
     args, start = parse_args(), time.time()
     torch.set_num_threads(1)
-    if args.memory:
-        (args.out / "memory.csv").unlink(missing_ok=True)
-        for row in memory_rows():
-            nft.log_row(args.out / "memory.csv", row)
-            print("--train {train}: {total:.1f} GB".format(**row))
-        return print(f"RESULT saved={args.out}/memory.csv")
+    for name, rows_of in (("memory", memory_rows), ("scaling", scaling_rows)):
+        if getattr(args, name):
+            (args.out / f"{name}.csv").unlink(missing_ok=True)
+            for row in rows_of():
+                nft.log_row(args.out / f"{name}.csv", row)
+                print(*(f"{key}={study.text(value)}" for key, value in row.items()))
+            return print(f"RESULT saved={args.out}/{name}.csv")
     jobs = [{name: getattr(args, name) for name in (
         "lr", "noise_level", "iterations", "episodes", "sft_steps", "test_episodes")} | {"seed": s}
         for s in range(args.first_seed, args.first_seed + args.seeds)]

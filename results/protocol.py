@@ -9,7 +9,7 @@ task under the suite's usual time limit; in training an episode may end sooner (
 
 Removed: the share of the clone's failures that are gone after RL, (after - before) / (1 - before).
 
-Run:     python results/protocol.py                          (14 runs, half an hour each, two cores)
+Run:     python results/protocol.py                          (13 runs, half an hour each, two cores)
          python results/protocol.py --suite libero_goal --demos 1 --seed 2    (one of them again)
          python results/protocol.py --summary                (no runs: the numbers, from the rows)
 Saves:   results/04_train_libero/protocol.csv, a row for each task, policy and kind of start;
@@ -37,6 +37,7 @@ from envs import libero  # noqa: E402  (the lines above tell where)
 FLAGS = "--iterations 16 --eval-every 4"
 OOD = "--eval-suites _swap _object _lan _task --test-states 20 --test-episodes 1"
 OFFICIAL = "official initial states"
+AFTER = {"stepnft": "pi-StepNFT", "filtered-bc": "filtered BC"}   # the tested policy's name
 SCRIPTS = {"stepnft": "04_train_libero.py", "filtered-bc": "results/filtered_bc.py --lr 1e-4"}
 
 
@@ -51,10 +52,14 @@ def all_jobs():
     return [dict(zip(("suite", "seed", "demos", "method"), run)) for run in runs]
 
 
-def able_tasks(suite):
+def tasks_of(suite):
     """The tasks that have an expert worth copying, by the measured table."""
-    return [row["task"] for row in study.read(ROOT / "results/04_train_libero/scripted_experts.csv")
+    able = [row["task"] for row in study.read(ROOT / "results/04_train_libero/scripted_experts.csv")
             if row["suite"] == suite and float(row["success"]) >= 0.9]
+    if not able:
+        raise SystemExit(f"scripted_experts.csv has no row of {suite} with 0.9 or more: run "
+                         f"results/experts.py libero --suite {suite}")
+    return able
 
 
 def name_of(job):
@@ -63,7 +68,7 @@ def name_of(job):
 
 def command_of(job):
     return (f"{SCRIPTS[job['method']]} --suite {job['suite']} --tasks "
-            f"{' '.join(able_tasks(job['suite']))} --num-demos {job['demos']} --seed {job['seed']} "
+            f"{' '.join(tasks_of(job['suite']))} --num-demos {job['demos']} --seed {job['seed']} "
             f"{FLAGS}")
 
 
@@ -71,14 +76,14 @@ def run(job, runs, curves):
     """Trains and tests -> the rest of its rows. Goes on with what the folder of the run holds."""
     folder, command = runs / name_of(job), command_of(job)
     resume = f"{command.split(' --')[0]} --resume" if (folder / "last.pt").exists() else command
-    call(f"{resume} --out {folder}")
+    call(f"{resume} --out {shlex.quote(str(folder))}")
     curves.mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "log.csv", curves / f"{name_of(job)}.csv")
     rows = tested(folder, command)
     if (job["suite"], job["demos"], job["method"]) == ("libero_object", 1, "stepnft"):
         for file, policy in (("sft.pt", "SFT"), ("last.pt", "pi-StepNFT")):
             (folder / "test.csv").unlink()
-            call(f"04_train_libero.py --eval-only {folder / file} {OOD}")
+            call(f"04_train_libero.py --eval-only {shlex.quote(str(folder / file))} {OOD}")
             more = tested(folder, f"04_train_libero.py --eval-only {file} {OOD}")
             rows += [{**row, "policy": policy} for row in more if row["tested"] != job["suite"]]
     return rows
@@ -118,10 +123,11 @@ def summarise(rows):
     found = []
     for group, seeds in groups.items():
         before = np.array([rate(own, "SFT") for own in seeds.values()])
-        after = np.array([rate(own, "pi-StepNFT") for own in seeds.values()])
-        removed = (after - before) / (1 - before)
+        after = np.array([rate(own, AFTER[group[2]]) for own in seeds.values()])
+        room = before < 1  # a clone without failures has none to remove
+        removed = (after - before)[room] / (1 - before)[room] if room.any() else np.full(1, np.nan)
         row = dict(zip(("suite", "demos", "method", "tested"), group), seeds=len(seeds),
-                   tasks=len({own["task"] for rows in seeds.values() for own in rows}))
+                   tasks=len({row["task"] for own in seeds.values() for row in own}))
         for what, values in (("sft", before), ("after", after), ("gain", after - before),
                              ("removed", removed)):
             half = study.half_interval(values)
@@ -149,6 +155,7 @@ def parse_args():
         told = " ".join(f"--{name} {value}" for name, value in chosen.items())
         parser.error(f"{told}: the protocol has no such run; leave one of these flags out")
     parser.make_folder("--out", args.out)
+    args.runs, args.out = args.runs.resolve(), args.out.resolve()  # 04 runs in the repo's folder
     return args
 
 

@@ -71,7 +71,8 @@ def cell(row, spec):
         return f"{100 * (float(row[gain[1]]) - float(row[gain[2]])):+.1f}"
     name, inner, form = re.fullmatch(r"(\w+)(?:\[(.+)\])?(?::(.+))?", spec).groups()
     if form == "flags":
-        return f"`{row[name].split(' ', 1)[1]}`"
+        flags = row[name].partition(" ")[2]
+        return f"`{flags}`" if flags else "–"
     if not inner:
         return show(row[name], form or "")
     value, bounds = float(row[name]), inner.split(",")

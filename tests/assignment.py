@@ -3,16 +3,17 @@
 make writes a student's copy: the repo without tests and results, in which the functions of a sheet
 (tests/sheets/*.md) are empty under their docstring, which is the spec. grade takes each of these
 functions out of a student's file, alone, and tries it inside the reference: one that is missing
-blocks no other. It is worth its points if it passes the tests that watch it (tests/test_mutants.py).
-If it does not, but does what one of the mistakes planted there does, that mistake is named.
+blocks no other. It is worth its points if it passes the tests that watch it in test_mutants.py. If
+it does not, but does what one of the mistakes planted there does, that mistake is named.
 
 A student's code runs in a process of its own, with limits of time and memory. That keeps a loop
-from blocking the grader; it is no defence against somebody who wants to cheat it.
+from blocking the grader; it is no defence against somebody who wants to cheat.
 
 Run:     python tests/assignment.py make copies/B --sheet B
          python tests/assignment.py grade copies/B --sheet B
 Prints:  a line for each function and RESULT; the exit code is 0 with full marks.
-Saves:   FOLDER/results.json, in Gradescope's form; --workflow prints one for GitHub Classroom
+Saves:   grade: FOLDER/results.json, in Gradescope's form. make --workflow prints the file that
+         lets GitHub Classroom grade each push.
 """
 
 import ast
@@ -38,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import test_mutants as known  # noqa: E402  (the line above tells where)
 
 flow = known.flow
-LEFT_OUT = ("tests/", ".ci/", "results/")       # they hold solutions; figures are copied all the same
+LEFT_OUT = ("tests/", ".ci/", "results/")       # they hold solutions; figures are copied
 SECONDS, GIGABYTES, CALLS = 20, 4, 6            # of each function; calls to compare mistakes by
 Task = namedtuple("Task", "file name points")
 WORKFLOW = """\
@@ -65,7 +66,8 @@ def tasks_of(sheet):
 
 def watched(name):
     """A function of a sheet -> (its module, the tests that watch it, the known mistakes)."""
-    (module, _, tests), mistakes = next(item for item in known.MUTANTS.items() if item[0][1] == name)
+    (module, _, tests), mistakes = next(
+        item for item in known.MUTANTS.items() if item[0][1] == name)
     return module, tests, mistakes
 
 
@@ -109,11 +111,19 @@ def make(folder, sheet):
 
 def students(path, module, name):
     """The function as the student wrote it, inside the reference module. What else the file
-    defines, and the reference does not, comes with it."""
+    defines or imports, and the reference does not, comes with it."""
+    def names(node):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+        if isinstance(node, ast.Assign):
+            return [part.id for target in node.targets for part in ast.walk(target)
+                    if isinstance(part, ast.Name)]
+        return [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+
     tree = ast.parse(path.read_text(), str(path))
-    own = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-           and (node.name == name or not hasattr(module, node.name))]
-    if name not in [node.name for node in own]:
+    own = [node for node in tree.body if names(node) == [name]
+           or names(node) and not any(hasattr(module, known) for known in names(node))]
+    if [name] not in [names(node) for node in own]:
         raise AttributeError(f"{path.name} has no function {name}")
     exec(compile(ast.Module(own, []), str(path), "exec"), vars(module))
     return getattr(module, name)
@@ -267,7 +277,7 @@ def grade_one(path, name):
     answer = (False, f"no answer within {SECONDS} seconds")
     if mine.poll(SECONDS):
         with contextlib.suppress(EOFError):
-            answer = (False, f"its process ended: over {SECONDS} seconds or {GIGABYTES} GB, or exit")
+            answer = (False, f"its process ended: {SECONDS} seconds, {GIGABYTES} GB, or exit")
             answer = mine.recv()
     process.kill()
     process.join()

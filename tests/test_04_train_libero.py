@@ -897,8 +897,8 @@ def kill_a_worker(script, *flags, cwd, when, wait=1.0):
 def test_a_worker_that_dies_a_run_resumed_and_perturbed_suites(recorded, tmp_path, monkeypatch):
     """Cut after one iteration, resumed, killed in the second, resumed again: as if never cut."""
     flags = ("--sft-steps 5 --iterations 2 --episodes 48 --max-steps 8 --eval-every 1 "
-             "--test-max-steps 8 --eval-episodes 2 --test-episodes 1 --num-envs 1 --eval-suites _lan --lr 1e-3"
-             ).split() + ["--demos", recorded[0]]
+             "--test-max-steps 8 --eval-episodes 2 --test-episodes 1 --num-envs 1 "
+             "--eval-suites _lan --lr 1e-3").split() + ["--demos", recorded[0]]
     monkeypatch.setattr(libero, "OFFICIAL", 2)
     told, _ = run_and_cut(tmp_path, monkeypatch, *flags)
     line = kill_a_worker(SCRIPT, "--resume", "--out", tmp_path / "cut", "--num-envs", 1,

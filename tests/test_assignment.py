@@ -1,4 +1,4 @@
-"""tests/assignment.py: a copy without solutions; the reference gets full marks and an empty function
+"""tests/assignment.py: a copy without solutions; the reference gets full marks, an empty function
 none; every planted mistake is called by its name; a loop, a hog and an exit end by themselves."""
 
 import ast
@@ -140,7 +140,8 @@ def test_the_command_makes_and_grades(tmp_path):
     made = run_script("tests/assignment.py", "make", "copy", "--sheet", "B", "--workflow",
                       cwd=tmp_path)
     assert "functions=9" in made.stdout and "--sheet B" in made.stdout
-    done = run_script("tests/assignment.py", "grade", "copy", "--sheet", "B", cwd=tmp_path, ok=False)
+    done = run_script("tests/assignment.py", "grade", "copy", "--sheet", "B", cwd=tmp_path,
+                      ok=False)
     assert done.returncode == 1 and "points=0 of=21" in done.stdout
     assert "not empty" in wrong_call("assignment.py", "make", tmp_path / "copy")
     assert "01_flow_policy.py" in wrong_call("assignment.py", "grade", tmp_path)

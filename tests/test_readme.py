@@ -20,8 +20,9 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in tables.PAGES}
 README = PAGES["README.md"]
 REPORTS = sorted(set(PAGES) - {"README.md", "results/benchmark_width/README.md"})
 SCRIPTS = sorted(path.name for path in ROOT.glob("0*.py"))
-OTHERS = ["results/ablations.py", "results/experts.py", "results/figures.py",
-          "results/mechanism.py", "results/notebooks.py", "results/pixel_gap.py"]
+OTHERS = [f"results/{name}.py" for name in (
+    "ablations", "challenge", "exercises", "experts", "figures", "mechanism", "notebooks", "pi0",
+    "pixel_gap", "protocol")]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -85,7 +86,7 @@ def commands(pages=PAGES):
 def test_there_is_something_to_check():
     assert len(set(commands(["README.md"]))) >= 15
     assert {script for script, _ in commands(["README.md"])} >= set(SCRIPTS)
-    assert len(set(commands())) >= 30 and len(REPORTS) == 7
+    assert len(set(commands())) >= 30 and len(REPORTS) == 9
 
 
 @pytest.mark.parametrize("script, flags", sorted(set(commands())))
