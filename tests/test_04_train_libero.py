@@ -411,11 +411,12 @@ def test_sft_of_another_run_is_where_a_run_starts(toy, tmp_path):
 def test_an_action_that_is_held_is_the_mean_of_the_steps_that_it_replaces(toy, monkeypatch,
                                                                           tmp_path):
     seen = []
-    monkeypatch.setattr(flow, "train_sft", lambda policy, obs, chunks, steps: seen.append(
+    monkeypatch.setattr(flow, "train_sft", lambda policy, obs, chunks, *rest: seen.append(
         (policy, obs, chunks)) or 0.0)
     monkeypatch.setattr(robot, "save", lambda *content: None)
     args = SimpleNamespace(resume=None, sft=None, horizon=2, action_repeat=3, seed=0, device="cpu",
-                           sft_steps=1, out=tmp_path, tasks=[0], obs="state", state_dim=18)
+                           sft_steps=1, sft_lr=1e-3, sft_batch=256, out=tmp_path, tasks=[0],
+                           obs="state", state_dim=18, policy=None)
     actions = [torch.rand(7, 7) * 2 - 1, torch.rand(4, 7)]
     demos = [({"state": torch.randn(len(a), 18)}, a) for a in actions]
     robot.clone(args, robot.make_policy, lambda args: demos)

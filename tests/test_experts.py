@@ -49,7 +49,7 @@ def test_a_task_of_maniskill_and_its_variants(tmp_path, monkeypatch):
     ([], "libero | maniskill"),
     (["robocasa"], "robocasa"),
     (["libero", "--suite", "libero_objects"], "--suite libero_objects"),
-    (["libero", "--suite", "libero_10"], "--tasks all: in libero_10"),
+    (["libero", "--suite", "libero_10", "--tasks", "2"], "--tasks 2: in libero_10"),
     (["libero", "--tasks", "0", "10"], "--tasks 10: in libero_object"),
     (["libero", "--ood"], "--ood"),
     (["maniskill", "--tasks", "0"], "--tasks"),
