@@ -29,14 +29,15 @@ class FilteredBC(robot.StepNFT):
         kept = flow.take(batch, torch.as_tensor(success)[batch["episode"]])
         kept["y"] = torch.ones(len(kept["x"]))  # `equal_rows` counts these
         kept, infos = robot.equal_rows(kept), []
+        if not len(kept["y"]):  # no success, nothing to clone
+            return {"loss": 0.0, "grad_norm": 0.0}
         for _ in range(self.args.epochs):
             for rows in torch.randperm(len(kept["y"])).split(self.args.minibatch):
                 part = flow.to_device(flow.take(kept, rows), policy)
                 loss = flow.flow_matching_loss(policy, part, part["x"][:, -1])  # x_0, flow units
                 norm = nft.optimise(policy, optimizer, loss, grad_clip=1.0)
                 infos.append({"loss": loss.detach(), "grad_norm": norm})
-        nothing = {"loss": torch.tensor(0.0), "grad_norm": torch.tensor(0.0)}  # no success
-        return nft.mean_info(infos or [nothing])
+        return nft.mean_info(infos)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ protocol, filtered_bc, study = map(importlib.import_module, ("protocol", "filter
 flow, robot = filtered_bc.flow, filtered_bc.robot
 
 
-def tested(seed, policy, task, success, episodes=50, starts=protocol.OFFICIAL):
+def row_of(seed, policy, task, success, episodes=50, starts=protocol.OFFICIAL):
     return {"suite": "libero_goal", "seed": seed, "demos": "1", "method": "stepnft",
             "tested": "libero_goal", "starts": starts, "task": task, "policy": policy,
             "episodes": str(episodes), "success": str(success)}
@@ -24,10 +24,10 @@ def tested(seed, policy, task, success, episodes=50, starts=protocol.OFFICIAL):
 
 def test_the_share_of_failures_removed_is_of_each_seed_and_then_averaged():
     """Seed 0: .5 -> .9 removes .8 of the failures, seed 1: .8 -> .9 half of them."""
-    rows = [tested("0", "SFT", "1", 0.4), tested("0", "SFT", "2", 0.6),
-            tested("0", "pi-StepNFT", "1", 0.8), tested("0", "pi-StepNFT", "2", 1.0),
-            tested("1", "SFT", "1", 0.8), tested("1", "pi-StepNFT", "1", 0.9),
-            tested("1", "SFT", "1", 0.0, starts="random placements")]
+    rows = [row_of("0", "SFT", "1", 0.4), row_of("0", "SFT", "2", 0.6),
+            row_of("0", "pi-StepNFT", "1", 0.8), row_of("0", "pi-StepNFT", "2", 1.0),
+            row_of("1", "SFT", "1", 0.8), row_of("1", "pi-StepNFT", "1", 0.9),
+            row_of("1", "SFT", "1", 0.0, starts="random placements")]
     found, = protocol.summarise(rows)
     assert (found["seeds"], found["tasks"]) == (2, 2)
     assert [found[name] for name in ("sft", "after", "gain", "removed")] == pytest.approx(
@@ -39,7 +39,7 @@ def test_the_share_of_failures_removed_is_of_each_seed_and_then_averaged():
 
 
 def test_tasks_count_by_their_episodes():
-    rows = [tested("0", "SFT", "1", 0.0, 10), tested("0", "SFT", "2", 1.0, 30)]
+    rows = [row_of("0", "SFT", "1", 0.0, 10), row_of("0", "SFT", "2", 1.0, 30)]
     assert protocol.rate(rows, "SFT") == pytest.approx(0.75)
 
 
@@ -54,7 +54,7 @@ def test_every_run_has_the_same_flags_and_they_are_those_of_04(monkeypatch, tmp_
         assert (ROOT / script).exists()
         args = robot.parse_args([*flags, "--out", str(tmp_path / "out")])
         assert (args.suite, args.seed, args.num_demos) == (job["suite"], job["seed"], job["demos"])
-        assert set(map(str, args.tasks)) == set(protocol.able_tasks(job["suite"])) != set()
+        assert set(map(str, args.tasks)) == set(protocol.tasks_of(job["suite"])) != set()
         seen.add(tuple(sorted((name, str(value)) for name, value in args.flags.items()
                               if name not in ("suite", "seed", "num_demos", "tasks", "lr"))))
     assert len(seen) == 1
@@ -111,4 +111,4 @@ def test_filtered_cloning_runs_as_04_does(tmp_path):
     rows = study.read(tmp_path / "run/test.csv")
     assert [(row["policy"], row["starts"], row["episodes"]) for row in rows] == [
         (policy, starts, "1") for starts in (protocol.OFFICIAL, "random placements")
-        for policy in ("SFT", "pi-StepNFT")]
+        for policy in ("SFT", "filtered BC")]
