@@ -146,12 +146,13 @@ def test_the_loss_reaches_the_expert_and_only_the_expert(folder):
 
 
 def test_micro_batches_change_the_memory_and_not_the_gradient(folder):
+    """All of it in 32 bits: the sums are the same but for their order."""
     with torch.no_grad():
         batch = recorded_batch(make(folder))
-    whole, parts = (gradients(make(folder, micro_batch=size), batch) for size in (100, 2))
-    assert whole.keys() == parts.keys()
+    whole, parts = (gradients(make(folder, "all", micro_batch=size), batch) for size in (100, 2))
+    assert whole.keys() == parts.keys() and any(".vlm." in name for name in whole)
     for name in whole:
-        assert torch.allclose(whole[name], parts[name], atol=1e-6), name
+        assert torch.allclose(whole[name], parts[name], rtol=1e-3, atol=1e-6), name
 
 
 def test_padded_dims_take_part_in_the_flow_and_earn_no_credit(folder):
