@@ -46,9 +46,8 @@ sde = importlib.import_module("02_sde_sampler")
 
 
 def mirror(v_theta, v_old, beta, max_drift):
-    """Two velocities at equal distance from v_old, one towards v_theta and one away: (B, H, A).
-    First delta is shortened, per action, to a norm of max_drift: a longer one is not rewarded any
-    more. Then beta scales it. (Every run begins at delta = 0.)"""
+    """Two velocities at equal distance from v_old, one towards v_theta and one away: (B, H, A). A
+    longer delta than max_drift per action is not rewarded: it is shortened, then beta scales it."""
     delta = v_theta - v_old
     norm = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)                  # (B, H, 1)
     delta = delta * (max_drift / norm.clamp(min=max_drift))
@@ -57,8 +56,7 @@ def mirror(v_theta, v_old, beta, max_drift):
 
 
 def step_error(v, x_t, x_next, t_cur, t_next, sigma, var_eps=1e-4):
-    """E(v): how badly a velocity explains the observed step x_t -> x_next, per action: (B, H),
-    summed over the action dims. t_cur, t_next, sigma are (B,)."""
+    """E(v): how badly a velocity explains a step x_t -> x_next, summed over action dims: (B, H)."""
     t_cur, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))     # (B, 1, 1)
     mean, std = sde.transition(x_t, v, t_cur, t_next, sigma)
     # E = sum over action dims of (x_next - mean(v))^2 / (std^2 + eps)
@@ -66,9 +64,8 @@ def step_error(v, x_t, x_next, t_cur, t_next, sigma, var_eps=1e-4):
 
 
 def endpoint_error(v, x_t, x_0, t_cur, t_next, sigma, var_eps=1e-4):
-    """The contrast, DiffusionNFT's target: how badly a velocity predicts the end of the path, as
-    x0_hat = x_t - t v, per action: (B, H). Divided by the variance of the step, sigma^2 dt, plus
-    var_eps, as in the official code, and summed over the action dims."""
+    """The contrast, DiffusionNFT's target: how badly x0_hat = x_t - t v predicts the end of the
+    path, summed likewise: (B, H). The variance is that of the step, as in the official code."""
     t_cur, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))     # (B, 1, 1)
     x0_hat = x_t - t_cur * v
     # E = sum over action dims of (x_0 - x0_hat(v))^2 / (std^2 + eps),     std^2 = sigma^2 dt
@@ -83,11 +80,10 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
     """The pi-StepNFT loss of a batch of single denoising steps -> (scalar, info of 0-d tensors).
 
     v_theta, v_old, x_t and target (x_next, or x_0 for endpoint_error) are (B, H, A); t_cur, t_next,
-    sigma, y are (B,); mask (B, H) marks executed actions. Only v_theta carries a gradient. The loss
-    of an action and the KL, kl_weight times the mean over dims of (v_theta - v_old)^2, are each
-    averaged by `executed_mean`. info, averaged over executed actions: loss, without the KL;
-    rank_accuracy, margin: share whose right branch has the lower E, and y (E_neg - E_pos); drift,
-    clipped: length of v_theta - v_old, share above max_drift.
+    sigma, y are (B,); mask (B, H) marks executed actions. Only v_theta carries a gradient. Added
+    is the KL: kl_weight times the mean over dims of (v_theta - v_old)^2, averaged like the loss by
+    `executed_mean`. info: loss, without the KL; rank_accuracy, margin: share of actions whose right
+    branch has the lower E, y (E_neg - E_pos); drift, clipped: |v_theta - v_old|, share > max_drift.
     """
     assert v_theta.shape == v_old.shape == x_t.shape == target.shape, "expected four (B, H, A)"
     assert y.shape == t_cur.shape == x_t.shape[:1], f"y has shape {tuple(y.shape)}, expected (B,)"
@@ -108,8 +104,7 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
 
 
 def executed_mean(values, mask):
-    """(B, H) -> mean over a row's executed actions, then over the rows that have any: scalar, 0 if
-    none has."""
+    """(B, H) -> mean over a row's executed actions, then over the rows that have any, or 0."""
     actions = mask.sum(-1)                                                        # (B,)
     per_row = (values * mask).sum(-1) / actions.clamp(min=1)
     return per_row.sum() / (actions > 0).sum().clamp(min=1)
@@ -128,10 +123,9 @@ def explore(policy, num_steps, noise_level):
 
 
 def labels(success, episode, group_size=1):
-    """success (episodes,) -> y of each row (B,) float, episode (B,) says whose: +1 success, -1
-    failure (the paper). With group_size > 1, that many neighbours share a start, and the mean of
-    their y is taken off (GRPO's baseline): a start that always fails or always succeeds gets y = 0
-    and teaches nothing."""
+    """success (episodes,), episode of each row (B,) -> y (B,) float: +1 success, -1 failure (the
+    paper). With group_size > 1, that many neighbours share a start, and the mean of their y is
+    taken off (GRPO's baseline): a start that always fails or always succeeds teaches nothing."""
     y = torch.as_tensor(success).float() * 2 - 1                                  # (episodes,)
     if group_size > 1:
         groups = y.view(-1, group_size)
@@ -140,13 +134,10 @@ def labels(success, episode, group_size=1):
 
 
 def recorded_steps(policy, batch):
-    """Recorded denoising steps of b rows, with the velocity that `policy` has there now.
-
-    batch: an observation's entries and what `explore` recorded, x (b, K+1, H, A), v (b, K, H, A),
-    sigma (b, K); y (b,), mask (b, H); k (b, n): which n of a row's K steps, one at random in the
-    paper. Returns (ctx of the b rows, for a critic, and what `step_nft_loss` takes, a dict of
-    v_theta, v_old, x_t, x_next, x_0, t_cur, t_next, sigma, y, mask: b * n entries each, those of
-    the first row first)."""
+    """Recorded denoising steps of b rows, with the velocity that `policy` has there now. batch: an
+    observation, x, v, sigma as in SamplingPath (02), y (b,), mask (b, H); k (b, n): which n of a
+    row's K steps, one at random in the paper. Returns (ctx of the b rows, for a critic, and v_theta
+    v_old x_t x_next x_0 t_cur t_next sigma y mask in a dict, b * n each, row after row)."""
     batch = flow.to_device(batch, policy)
     k, rows = batch["k"], torch.arange(len(batch["k"]))[:, None]
     times, n = sde.time_grid(batch["v"].shape[1]).to(k.device), k.shape[1]
