@@ -12,7 +12,7 @@ policy gradients need one: 03 brings pi-StepNFT. (Time as in pi-0's code, not as
 
 The world: a point robot must pass a gap in a wall. Six demonstrations start near the middle of the
 left edge, the test anywhere on it: the clone (SFT, supervised fine-tuning) is good where it has
-seen data and poor elsewhere, until RL. Left out: the large network for images and language.
+seen data and poor elsewhere; 03 mends that. Left out: the large network for images and language.
 
 Run:     python 01_flow_policy.py          (about 10 s on one CPU core)
 Prints:  flow matching loss, then success from the demo starts (narrow) and from everywhere (wide).
@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 # Shapes: B batch, H actions per chunk, A action dims, K denoising steps, S state dims, N rows of a
-# data set, T steps of a demo. "Flow units" are normalised actions, what the flow sees.
+# data set or episodes at once, T steps of a demo. "Flow units": normalised actions, as the flow's.
 # ------------------------------------------------------------------------------------------------
 # The policy: encode the observation once, then ask for a velocity at any (x_t, t)
 
@@ -38,8 +38,8 @@ from tqdm import tqdm
 class FlowPolicy(nn.Module):
     """Velocity field v_theta(x_t, t, obs) over chunks of H normalised actions.
 
-    Any nn.Module with encode, velocity, denormalise, horizon and action_dim is a policy here. What
-    encode returns, ctx, is between encode and velocity: nothing else looks inside.
+    Any nn.Module with encode, velocity, denormalise, horizon and action_dim is a policy here (for
+    `train_sft` also normalise, fit_normalisation). encode makes ctx, only velocity looks inside.
     """
 
     def __init__(self, horizon, action_dim, state_dim, width=128, depth=3):
@@ -106,7 +106,7 @@ def noise_like_chunks(policy, obs):
 
 @torch.no_grad()
 def ode_path(policy, obs, num_steps, x_1=None):
-    """K Euler steps from noise to an action chunk, all of them: (B, K+1, H, A), in flow units."""
+    """K Euler steps from noise to an action chunk, all K+1 points: (B, K+1, H, A), flow units."""
     path = [noise_like_chunks(policy, obs) if x_1 is None else x_1]
     ctx, dt = policy.encode(obs), 1 / num_steps
     for k in range(num_steps):
@@ -227,7 +227,7 @@ def episode_seeds(split, count, seed=0, iteration=0):
 
 def evaluate(policy, world, seeds, num_steps=4):
     """Success (episodes,) bool of ODE sampling, the sampler behind every result. Two evaluations
-    share their starts; their noise x_1 hangs on the row and the call, not on the episode."""
+    share starts, and noise x_1 where an episode keeps its row: here, not with simulators."""
     def act(obs):
         x_0 = ode_sample(policy, to_device(obs, policy), num_steps)
         return policy.denormalise(x_0).cpu(), {}

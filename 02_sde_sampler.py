@@ -1,9 +1,9 @@
-"""02 - Wider space: sampling with noise, without changing what is sampled.
+"""02 - Wider space: noise in every denoising step.
 
-The ODE of 01 turns one noise draw into one action chunk and explores only as widely as the demos.
-Noise in every denoising step widens it, and alone would also blur the distribution. Two lines say
-how to undo that. With dt = t - t_next, and x0_hat = x_t - t v, x1_hat = x_t + (1 - t) v, the mean
-ends of the lines through x_t:
+The ODE of 01 tries only what the demos did. So here every step draws noise, and a shift of its
+mean, the correction, takes back what noise alone would blur: if steps are fine, all of it. With
+K = 4 they are coarse, and chunks come out wider: the exploration. The correction in two lines, with
+dt = t - t_next, and x0_hat = x_t - t v, x1_hat = x_t + (1 - t) v the lines' mean ends given x_t:
 
 (1) noise of variance sigma^2 dt spreads the density as a drift of -sigma^2 dt / 2 * score would
     (Fokker-Planck; score: the gradient of log p(x_t)), so the mean must add sigma^2 dt / 2 * score;
@@ -18,8 +18,8 @@ The Euler step x_t - dt v is (1 - t_next) x0_hat + t_next x1_hat. Together (Flow
 (1) is exact for small steps and any sigma, so the SDE (the ODE plus noise) has the ODE's
 distribution at every t, its marginals. (2) holds for the exact velocity field of flow matching,
 nearly for a fitted one, and less after RL. Every single step is a Gaussian with a known mean, which
-is all that 03 needs. The last step is noisy too, unlike in many samplers: without noise it would
-have no other outcome to compare with. Left out of the paper's code: log-probabilities of paths.
+is all that 03 needs. The last step is noisy too, unlike in many samplers: a step with one possible
+outcome leaves nothing to rank. Left out of the paper's code: log-probabilities of paths.
 
 Run:     python 02_sde_sampler.py          (about 15 s on one CPU core)
 Prints:  noise level against action spread, visited area, distance to the ODE's marginal, success.
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 flow = importlib.import_module("01_flow_policy")
-FINE = 64  # enough steps to see which sampler keeps the marginals; K = 4 blurs both a little
+FINE = 64  # enough steps to see which sampler keeps the marginals; K = 4 widens both
 
 # ------------------------------------------------------------------------------------------------
 # The grid, the noise and one step
@@ -48,9 +48,9 @@ def time_grid(num_steps):
 
 
 def noise_scale(times, noise_level):
-    """sigma_k at the start of each step: times (K+1,) -> (K,).   (Flow-SDE, as in Flow-GRPO)
+    """sigma_k at the start of each step: times (K+1,) -> (K,), or (B, K) as the noise_level.
 
-    At t = 1 the formula divides by zero; there, only the denominator uses the next grid time.
+    Of Flow-SDE, as in Flow-GRPO; at t = 1 its denominator would be 0 and uses the next grid time.
     """
     t, t_next = times[:-1], times[1:]
     # sigma_k = a sqrt(t_k / (1 - t_k)),   a = noise_level
@@ -114,7 +114,7 @@ def marginal_distance(a, b, projections=64):
 
 
 def visited_area(rows, cell=0.05):
-    """Area of the world's (2 x 2) cells where a chunk began; rows as `play` returns them."""
+    """Area of the world (2 x 2) where chunks began, counted in cells; rows as of `play`."""
     positions = rows["state"][:, :2]
     return len({tuple(p) for p in (positions / cell).floor().int().tolist()}) * cell**2
 
@@ -127,7 +127,7 @@ def main():
     add("--noise-levels", type=flow.number(float, 0), nargs="+", default=[0, 0.05, 0.1, 0.2, 0.5],
         help="a, widths of the noise to compare")
     add("--samples", type=flow.number(int, 2), default=2000, help="chunks for one observation")
-    add("--episodes", type=flow.positive_int, default=500, help="episodes per row, from one start")
+    add("--episodes", type=flow.positive_int, default=500, help="a row; area: from one start")
     add("--out", type=Path, default="runs/02_sde_sampler", help="folder of the table and figure")
     args = parser.parse_args()
     parser.make_folder("--out", args.out)

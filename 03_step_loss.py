@@ -5,16 +5,16 @@ the velocity. So one step can be judged by itself. Mirror the trained velocity a
 acted, v_pos = v_old + beta delta and v_neg = v_old - beta delta with delta = v_theta - v_old, and
 ask which of these two branches explains the observed x_next better:
 
-    E(v) = |x_next - mean(v)|^2 / (std^2 + eps)
+    E(v) = |x_next - mean(v)|^2 / (std^2 + eps)                 of each action, eps = 1e-4
     L    = softplus(dpo_beta / 2 * y * (E_pos - E_neg)),        y = +1 success, -1 failure
 
 A success says v_pos should win, a failure v_neg. No critic, no likelihood of the whole path, one
 forward pass per optimisation step. At delta = 0 the loss is ln 2 and its gradient that of
 -y log N(x_next; mean, std^2), averaged over the executed actions, times beta dpo_beta std^2 /
 (std^2 + eps): REINFORCE on this one step. Further on E_pos - E_neg stays linear in delta (the
-squares cancel), so the slope is bounded and fades as the right branch wins.
+squares cancel), so the slope is bounded and fades as the branch that should win does.
 
-    rollout (the old policy acts, with noise) -> labels -> update (the ranking loss) -> ema_update
+    world.play(explore(old)): old acts, with noise -> labels -> update: the loss -> ema_update
 
 New since 02: the loss, the EMA (exponential moving average) by which the acting policy `old`
 follows the trained one, ever more slowly, the iteration. `--target endpoint` asks which branch
@@ -81,9 +81,9 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
 
     v_theta, v_old, x_t and target (x_next, or x_0 for endpoint_error) are (B, H, A); t_cur, t_next,
     sigma, y are (B,); mask (B, H) marks executed actions. Only v_theta carries a gradient. Added
-    is the KL: kl_weight times the mean over dims of (v_theta - v_old)^2, averaged like the loss by
-    `executed_mean`. info: loss, without the KL; rank_accuracy, margin: share of actions whose right
-    branch has the lower E, y (E_neg - E_pos); drift, clipped: |v_theta - v_old|, share > max_drift.
+    is a pull to v_old, kl_weight times the mean over dims of (v_theta - v_old)^2. info: loss,
+    without the pull; rank_accuracy, share of actions whose E is lower in the branch that should
+    win; margin, y (E_neg - E_pos); drift, |v_theta - v_old|; clipped, share above max_drift.
     """
     assert v_theta.shape == v_old.shape == x_t.shape == target.shape, "expected four (B, H, A)"
     assert y.shape == t_cur.shape == x_t.shape[:1], f"y has shape {tuple(y.shape)}, expected (B,)"
@@ -96,11 +96,11 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
     with torch.no_grad():
         drift = (v_theta - v_old).norm(dim=-1)
         margin, count = y * (E_neg - E_pos), mask.sum().clamp(min=1)
-        info = {"loss": loss, "rank_accuracy": margin > 0, "margin": margin, "drift": drift,
+        info = {"rank_accuracy": margin > 0, "margin": margin, "drift": drift,
                 "clipped": drift > max_drift}
         info = {name: (value * mask).sum() / count for name, value in info.items()}
-    # the KL of two such Gaussians, up to a factor
-    return loss + kl_weight * executed_mean((v_theta - v_old).pow(2).mean(-1), mask), info
+    pull = executed_mean((v_theta - v_old).pow(2).mean(-1), mask)  # a KL would weigh it by t
+    return loss + kl_weight * pull, {"loss": loss.detach(), **info}
 
 
 def executed_mean(values, mask):
@@ -136,8 +136,8 @@ def labels(success, episode, group_size=1):
 def recorded_steps(policy, batch):
     """Recorded denoising steps of b rows, with the velocity that `policy` has there now. batch: an
     observation, x, v, sigma as in SamplingPath (02), y (b,), mask (b, H); k (b, n): which n of a
-    row's K steps, one at random in the paper. Returns (ctx of the b rows, for a critic, and v_theta
-    v_old x_t x_next x_0 t_cur t_next sigma y mask in a dict, b * n each, row after row)."""
+    row's K steps, one at random here, all K in 04 and 05. -> (ctx of the b rows, for 05's critic;
+    v_theta v_old x_t x_next x_0 t_cur t_next sigma y mask in a dict, b * n each, row after row)."""
     batch = flow.to_device(batch, policy)
     k, rows = batch["k"], torch.arange(len(batch["k"]))[:, None]
     times, n = sde.time_grid(batch["v"].shape[1]).to(k.device), k.shape[1]

@@ -107,7 +107,7 @@ def log_prob(v, x_t, x_next, t_cur, t_next, sigma, mask):
 
 
 def ppo_update(policy, critic, optimizer, batch, *, epochs, minibatch, clip=0.2, grad_clip=1.0,
-               huber_delta=10.0, target_kl=0.05):
+               target_kl=0.05):
     """The clipped objective on the one noisy step of each chunk -> mean info of all steps.
 
     batch["y"] holds the advantages; with a critic also batch["returns"] and batch["elapsed"].
@@ -135,8 +135,7 @@ def ppo_update(policy, critic, optimizer, batch, *, epochs, minibatch, clip=0.2,
             if critic:
                 elapsed, returns = (batch[name][rows].to(ctx.device)
                                     for name in ("elapsed", "returns"))
-                info["value_loss"] = nn.functional.huber_loss(critic(ctx, elapsed), returns,
-                                                              delta=huber_delta)
+                info["value_loss"] = (critic(ctx, elapsed) - returns).pow(2).mean() / 2
                 loss = loss + info["value_loss"]
             # the policy's gradient alone is clipped: the critic's must not shorten it
             info["grad_norm"] = nft.optimise(policy, optimizer, loss, grad_clip)
@@ -155,8 +154,8 @@ class PPO:
         return one_noisy_step(old, self.args.num_steps, self.args.noise_level)
 
     def learn(self, policy, optimizer, batch, success):
-        """Advantages of mean 0 and std 1, then minibatch steps -> info."""
-        y = nft.labels(success, batch["episode"], self.args.group_size)  # group-relative: GRPO
+        """Advantages of std 1, then minibatch steps -> info. GRPO's are the labels that are centred
+        on each start: centred on the batch as well, starts that always succeed would lose."""
         if self.critic:
             limit = -(-self.args.max_steps // self.args.horizon)  # of an episode, in chunks
             batch["elapsed"] = elapsed_time(batch["episode"], limit)
@@ -166,8 +165,10 @@ class PPO:
                 values = torch.cat([self.critic(policy.encode(rows), rows["elapsed"]).cpu()
                                     for rows in shown])
             y, batch["returns"] = gae(values, success, batch["episode"])
-        everyone = robot.gather(y)
-        batch["y"] = (y - everyone.mean()) / (everyone.std() + 1e-6)
+            y = y - robot.gather(y).mean()
+        else:
+            y = nft.labels(success, batch["episode"], self.args.group_size)
+        batch["y"] = y / (robot.gather(y).std() + 1e-6)  # `recorded_steps` hands them on as y
         return ppo_update(policy, self.critic, optimizer, robot.equal_rows(batch),
                           epochs=self.args.epochs, minibatch=self.args.minibatch,
                           target_kl=self.args.target_kl)
@@ -243,7 +244,7 @@ def test_ood(policies, args, world):
             success = robot.evaluate(policy, world, seeds, args.num_steps)
             rates[name].setdefault(axis, []).append(
                 log_test(args, name, axis, variant, success))
-    axes = list(rates[name])
+    axes = list(dict.fromkeys(axis for axis, *_ in suite))
     print(f"{'':<12}" + "".join(f"{axis:>17}" for axis in [*axes, "OOD mean"]))
     for name, by_axis in rates.items():
         means = [np.mean(by_axis[axis]) for axis in axes]  # the OOD mean is the mean of the axes

@@ -9,6 +9,7 @@ Draws:   results/figures/*.png; a figure whose data is missing is skipped, and a
 `03_step_loss.py --noise-level 0.5 --out runs/03_noise05` saved. All formulas are the scripts' own.
 """
 
+import collections
 import csv
 import importlib
 import math
@@ -21,8 +22,8 @@ import torch
 RESULTS = Path(__file__).resolve().parent
 DRAWN = RESULTS / "figures"    # where the pictures go
 sys.path[:0] = [str(RESULTS.parent), str(RESULTS)]
-flow, sde, nft, robot, ablations = map(importlib.import_module, (
-    "01_flow_policy", "02_sde_sampler", "03_step_loss", "04_train_libero", "ablations"))
+flow, sde, nft, robot, ablations, protocol = map(importlib.import_module, (
+    "01_flow_policy", "02_sde_sampler", "03_step_loss", "04_train_libero", "ablations", "protocol"))
 plt = flow.pyplot()
 
 # Okabe and Ito's colours: told apart by every kind of colour vision. Figures lie on a card of their
@@ -286,6 +287,36 @@ def libero(folder, runs, title, name):
     save(fig, name)
 
 
+def libero_protocol(folder):
+    """Success before and after in every suite and in LIBERO-PRO's variants of libero_object, and
+    what more demonstrations change: rows of protocol.csv, official states, a dot for each seed."""
+    runs = collections.defaultdict(list)  # (suite played, demos, seed, policy) -> its tasks
+    for row in read(folder / "protocol.csv"):
+        if row["starts"] == protocol.OFFICIAL and not (
+                row["policy"] == "SFT" and row["method"] != "stepnft"):  # the clone is the same
+            runs[row["tested"], int(row["demos"]), row["seed"], row["policy"]].append(row)
+    rows = {run: numbers(row) for run, tasks in runs.items() for row in pooled(
+        [{**task, "suite": run[0]} for task in tasks])}
+    played = list(dict.fromkeys(suite for suite, *_ in rows))
+    suites = sorted(played, key=lambda suite: suite.count("_"))  # the variants last
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3), width_ratios=(len(suites), 2.2))
+    draw_before_after(left, [(suite, seed, policy, *found)
+                             for (suite, demos, seed, policy), found in rows.items()
+                             if demos == 1 and policy != "filtered BC"], suites)
+    left.set_xticks(range(len(suites)), [
+        suite.removeprefix("libero_").replace("object_", "object\n_") for suite in suites])
+    shots = sorted({demos for suite, demos, *_ in rows if suite == "libero_object"})
+    for policy, color in (("SFT", GREY), ("filtered BC", GREEN), ("pi-StepNFT", BLUE)):
+        means = {k: np.mean(found) for k in shots if (found := [
+            success for (suite, demos, _, name), (success, *_) in rows.items()
+            if (suite, demos, name) == ("libero_object", k, policy)])}
+        right.plot(list(means), list(means.values()), "o-", ms=4, color=color,
+                   label=NAMES.get(policy, policy) if means else None)
+    right.set(ylim=(0, 1.05), xticks=shots, xlabel="demonstrations a task", title="libero_object")
+    right.legend(fontsize=8, loc="lower right")
+    save(fig, "libero_protocol")
+
+
 def rated(won, episodes):
     """So many of so many episodes -> {episodes, success, low, high}."""
     return robot.rated(np.arange(episodes) < won)
@@ -478,6 +509,7 @@ def main():
         hero(toy)
         phase(RESULTS / "ablations")
         method(toy)
+        libero_protocol(RESULTS / "04_train_libero")
         libero(RESULTS / "04_train_libero", "task0", "task 0", "libero")
         libero(RESULTS / "04_train_libero", "ten_tasks", "ten tasks", "libero_ten")
         maniskill(RESULTS / "05_train_maniskill")
