@@ -74,7 +74,8 @@ class Critic(nn.Module):
 
 
 def elapsed_time(episode, chunks):
-    """episode (rows,), in the order of time -> (rows,): chunks played before, over the limit."""
+    """episode (rows,), in the order of time -> (rows,): chunks of this episode played before, over
+    `chunks`, the limit."""
     played, elapsed = {}, []
     for e in episode.tolist():
         elapsed.append(played.get(e, 0) / chunks)
@@ -87,6 +88,7 @@ def gae(values, success, episode, gamma=0.99, lam=0.95):
 
     values (rows,), success (episodes,), episode (rows,). The reward is 1 at the end of a success;
     rows of an episode are in the order of time, and nothing is worth anything after its last.
+    delta = r + gamma V(next) - V,   A = delta + gamma lambda A(next),   returns = A + V
     """
     advantages, V, running, following = [], values.tolist(), {}, {}
     for row, e in reversed(list(enumerate(episode.tolist()))):
@@ -110,9 +112,12 @@ def ppo_update(policy, critic, optimizer, batch, *, epochs, minibatch, clip=0.2,
                target_kl=0.05):
     """The clipped objective on the one noisy step of each chunk -> mean info of all steps.
 
-    batch["y"] holds the advantages; with a critic also batch["returns"] and batch["elapsed"].
-    critic=None is GRPO. Once a minibatch is further than target_kl from the old policy, the policy
-    rests and only the critic goes on: it starts untrained, and would misdirect the next update.
+    batch["y"] holds the advantages A; with a critic also batch["returns"] and batch["elapsed"].
+    L = -mean min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), v_theta through robot.credited; with
+    a critic plus half its mean squared error. nft.optimise(policy, ...) clips the policy's gradient
+    alone. Once a minibatch's kl = mean(ratio - 1 - log ratio) is above target_kl, the policy rests:
+    only the critic goes on, as it starts untrained; GRPO (critic=None) stops. info: loss, clipped,
+    approx_kl, resting, grad_norm, with a critic value_loss.
     """
     resting = False
     infos = []
@@ -201,15 +206,21 @@ def make_world(args, demo_noise=None, film=None):
         film=film)
 
 
-def make_policy(args):
+def policy_config(args):
+    """All that makes this run's policy, as its checkpoints keep it."""
+    config = dict(horizon=args.horizon, depth=3)
     if args.task == "PixelGap":
-        return robot.RobotPolicy(args.horizon, action_dim=2, state_dim=2, cameras=1,
-                                 small_images=True, width=128)
+        return dict(config, action_dim=2, state_dim=2, cameras=1, language=False, slots=0,
+                    width=128, small_images=True)
     slots = maniskill.slots(args.task)  # things that an instruction may name
-    return robot.RobotPolicy(args.horizon, maniskill.ACTION_DIM,
-                             maniskill.state_size(args.task, args.obs), width=256,
-                             cameras=int(args.obs == "rgb"), language=slots > 0,
-                             slots=slots * (args.obs == "state"))
+    return dict(config, action_dim=maniskill.ACTION_DIM,
+                state_dim=maniskill.state_size(args.task, args.obs),
+                cameras=int(args.obs == "rgb"), language=slots > 0,
+                slots=slots * (args.obs == "state"), width=256, small_images=False)
+
+
+def make_policy(args):
+    return robot.build_policy(policy_config(args))
 
 
 def collect_demos(args):
@@ -264,7 +275,8 @@ def test_all(policies, args, world):
     world.close()
     if args.video and not robot.rank_of()[0]:
         filmed = make_world(args, film=args.out / "videos")
-        flow.evaluate(policy, filmed, seeds[:args.video], args.num_steps)
+        *_, last = policies.values()
+        flow.evaluate(last, filmed, seeds[:args.video], args.num_steps)
         filmed.close()
         print(f"saved {len(seeds[:args.video])} episodes in {args.out}/videos")
     return rates
@@ -321,7 +333,7 @@ def parse_args(argv=None):
                          "does not use it")
     if args.algo == "grpo" and args.group_size == 1:
         parser.error("--group-size 1: --algo grpo compares the episodes from one start, give 8")
-    robot.check_clone(parser, args, make_policy)
+    robot.check_clone(parser, args, policy_config(args))
     seen = not pixels and (args.obs == "rgb" or args.video)
     args.renderer = maniskill.find_renderer() if seen else None
     parser.make_folder("--out", args.out)
@@ -333,7 +345,7 @@ def main():
     args, start = parse_args(), time.time()
     robot.join_ranks(args)
     torch.set_num_threads(torch.get_num_threads() if args.renderer else 1)  # a small net
-    print(" ".join(f"{k}={v}" for k, v in args.flags.items()), flush=True)
+    print(*(f"{k}={v}" for k, v in vars(args).items() if k != "flags"), flush=True)
     if args.eval_only:
         policy = robot.load_policy(args.eval_only, args.device)
         rate, = test_all({str(args.eval_only): policy}, args, make_world(args))
@@ -351,8 +363,8 @@ def main():
     policy, env_steps = robot.train(args, sft, world, method, functools.partial(starts, args),
                                     validate)
     policies = {"SFT": sft, args.algo: policy} if args.iterations else {"SFT": sft}
-    rates = test_all(policies, args, world)
-    print(f"RESULT task={args.task} sft={rates[0]:.3f} {args.algo}={rates[-1]:.3f} "
+    rates = zip(("sft", args.algo), test_all(policies, args, world))
+    print(f"RESULT task={args.task}", *(f"{name}={rate:.3f}" for name, rate in rates),
           f"episodes={args.iterations * args.episodes} env_steps={env_steps} "
           f"seconds={time.time() - start:.0f}")
 

@@ -41,7 +41,8 @@ class ChunkEnv(gym.Env):
         self.observation_space = observation_space
         self.action_space = gym.spaces.Box(-1, 1, (horizon, action_dim))
         self.steps, self.over = 0, True
-        self.obs = observation_space.sample()  # shown while there is no episode to play
+        self.obs = {name: np.zeros(box.shape, box.dtype)  # shown while there is no episode to play
+                    for name, box in observation_space.items()}
 
     def change(self, **changes):
         """From the next reset on, a new simulator, made with these keywords as well."""
@@ -155,13 +156,13 @@ class Workers:
             for process in self.envs.processes:
                 process.kill()
             self.envs.closed = True  # there is nobody left to say goodbye to
-            raise SystemExit(f"a simulator process died (out of memory?) while playing "
-                             f"{', '.join(dead) or 'no episode'}; the last checkpoint is whole: "
-                             f"--resume continues from it") from None
+            raise SystemExit("a simulator process died (out of memory? try a smaller --num-envs) "
+                             f"while playing {', '.join(dead) or 'no episode'}; a run that has "
+                             "saved last.pt goes on with --resume") from None
 
-    def change(self, **changes):
+    def change(self, **keywords):
         """ChunkEnv.change in every process."""
-        self.ask([-1] * self.num_envs, [], lambda: self.envs.call("change", **changes))
+        self.ask([-1] * self.num_envs, [], lambda: self.envs.call("change", **keywords))
 
     def close(self):
         self.envs.close()

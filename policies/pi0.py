@@ -43,24 +43,26 @@ def load(folder, what):
         return model
     except (OSError, ValueError, KeyError, AttributeError) as error:
         told = str(error).split("\n")[0][:150]
-        raise SystemExit(f"--policy {folder}: no {what} of pi0 there ({told})") from None
+        raise SystemExit(f"--policy {folder}: no {what} of pi0 there ({told}); if a checkpoint "
+                         "names this folder, call from where it was trained") from None
 
 
 def statistics(folder):
-    """{"state": (mean, std), "actions": (mean, std)} as the checkpoint's processor has them, or
+    """{"state": (mean, std), "action": (mean, std)} as the checkpoint's processor has them, or
     less: a pretrained policy knows its own units, another gets those of the demonstrations."""
     from transformers.utils import cached_file
     path = cached_file(folder, "processor_config.json",
                        _raise_exceptions_for_missing_entries=False)
     found = json.loads(Path(path).read_text()) if path else {}
-    return {name: (torch.tensor(found[f"{name}_mean"]), torch.tensor(found[f"{name}_std"]))
-            for name in ("state", "actions") if found.get(f"{name}_mean") is not None}
+    return {name: (torch.tensor(found[f"{its}_mean"]), torch.tensor(found[f"{its}_std"]))
+            for name, its in (("state", "state"), ("action", "actions"))
+            if found.get(f"{its}_mean") is not None}
 
 
 def is_frozen(name, train):
     """Whether a parameter stays as it is: the vision-language part's, and word embeddings of the
     action expert, 0.26 billion numbers that it never reads."""
-    return ".dit.embed_tokens." in name or train == "expert" and ".vlm." in name
+    return ".dit.embed_tokens." in name or (train == "expert" and ".vlm." in name)
 
 
 def memory(config, train, rows):
@@ -79,6 +81,14 @@ def memory(config, train, rows):
     bytes_each = 2 * (2 if train == "expert" else 4)   # a key and a value
     return {"frozen": 2 * sizes[True] / 1e9, "trained": 24 * sizes[False] / 1e9,
             "kept": rows * bytes_each * text.num_hidden_layers * width * tokens / 1e9}
+
+
+def tell_memory(folder, train, rows):
+    """Prints that, before any weight is loaded."""
+    parts = memory(load(folder, "PI0Config"), train, rows)
+    print("expected memory: {frozen:.1f} GB of frozen weights, {trained:.1f} of trained ones, "
+          "{kept:.1f} of a batch's keys and values; a pass comes on top".format(**parts),
+          flush=True)
 
 
 class PI0Policy(nn.Module):
@@ -111,7 +121,7 @@ class PI0Policy(nn.Module):
             self.register_buffer(f"{name}_scale", torch.zeros(size))  # 0: padded
         self.known = statistics(folder)
         for name, (mean, std) in self.known.items():
-            size = {"state": state_dim, "actions": action_dim}[name]
+            size = {"state": state_dim, "action": action_dim}[name]
             if len(mean) != size:
                 raise SystemExit(f"--policy {folder}: its {name} statistics have {len(mean)} "
                                  f"numbers, the robot has {size}; take them out of "
@@ -119,16 +129,20 @@ class PI0Policy(nn.Module):
             self.set_normalisation(name, mean, std)
 
     def set_normalisation(self, name, mean, std):
-        centre, scale = (getattr(self, f"{name.removesuffix('s')}_{what}")
-                         for what in ("centre", "scale"))
-        centre[:len(mean)], scale[:len(std)] = mean, std
+        getattr(self, f"{name}_centre")[:len(mean)] = mean
+        getattr(self, f"{name}_scale")[:len(std)] = std
 
     def fit_normalisation(self, obs, chunks):
         """What the checkpoint does not know, from the demonstrations: mean and deviation, as pi0's
         own processor has them."""
-        for name, values in (("state", obs["state"]), ("actions", chunks.flatten(0, 1))):
+        for name, values in (("state", obs["state"]), ("action", chunks.flatten(0, 1))):
             if name not in self.known:
                 self.set_normalisation(name, values.mean(0), values.std(0))
+
+    @property
+    def half_range(self):
+        """Of each action dim, if it is normal: from its mean to the 99 % quantile (`credited`)."""
+        return 2.33 * self.action_scale
 
     def normalise(self, actions):
         """(B, H, A_env) -> flow units (B, H, A)."""
@@ -145,39 +159,40 @@ class PI0Policy(nn.Module):
         micro-batch its state, which tokens there are, and every layer's keys and values of them."""
         parts = torch.arange(len(obs["state"])).split(self.micro_batch)
         inputs = {name: obs[name] for name in ("rgb", "tokens", "state") if name in obs}
-        return [checkpoint(self.prefix, {name: z[rows] for name, z in inputs.items()},
+        return [checkpoint(self.vlm_pass, {name: z[rows] for name, z in inputs.items()},
                            use_reentrant=False) for rows in parts]
 
-    def prefix(self, obs):
+    def vlm_pass(self, obs):
         """Images and sentence through the vision-language part -> (state (b, S), which of the N
         tokens are there (b, N), a key and a value (b, heads, N, width) of every layer)."""
-        inputs = self.inputs(obs)
+        inputs = self.vlm_inputs(obs)
         seen = inputs["attention_mask"]                                              # (b, N)
         with torch.set_grad_enabled(self.config["train"] == "all" and torch.is_grad_enabled()):
             embedded = self.model.model.embed_prefix(**inputs)                       # (b, N, width)
             layers = self.model.model.vlm(
                 inputs_embeds=embedded, attention_mask=seen, position_ids=seen.cumsum(-1) - 1,
                 token_type_ids=torch.zeros_like(seen), use_cache=True).cache.layers
-        return self.state(obs), seen, [(layer.keys, layer.values) for layer in layers]
+        return self.normalised_state(obs), seen, [(layer.keys, layer.values) for layer in layers]
 
     def velocity(self, x_t, t, ctx):
         """(B, H, A), times (B,) -> v (B, H, A). A gradient costs a second pass: of the first only
         the inputs are kept, so that the memory is that of one micro-batch."""
         parts = zip(x_t.split(self.micro_batch), t.split(self.micro_batch), *zip(*ctx))
-        return torch.cat([checkpoint(self.expert, *part, use_reentrant=False) for part in parts])
+        return torch.cat([checkpoint(self.expert_pass, *part, use_reentrant=False)
+                          for part in parts])
 
-    def expert(self, x_t, t, state, seen, layers):
-        """One pass of the action expert: (b, H, A), (b,) and what `prefix` gave -> v (b, H, A)."""
+    def expert_pass(self, x_t, t, state, seen, layers):
+        """(b, H, A), (b,) and what `vlm_pass` gave, through the action expert -> v (b, H, A)."""
         from transformers import DynamicCache
         return self.model(state=state, noise=x_t, timestep=t, attention_mask=seen,
                           cache=DynamicCache(layers)).logits
 
-    def state(self, obs):
+    def normalised_state(self, obs):
         """(B, S) -> (B, what pi0 has room for), normalised, padded, cut at 5 as in 01."""
         state = nn.functional.pad(obs["state"], (0, len(self.state_scale) - obs["state"].shape[-1]))
         return ((state - self.state_centre) / (self.state_scale + 1e-6)).clamp(-5, 5)
 
-    def inputs(self, obs):
+    def vlm_inputs(self, obs):
         """rgb (B, cameras, 3, h, w), tokens (B, L) -> what the vision-language part reads:
         image tokens, then begin, sentence, newline. Images are black below or at the right."""
         cameras, vision = obs["rgb"].shape[1], self.model.config.vlm_config.vision_config
@@ -190,7 +205,9 @@ class PI0Policy(nn.Module):
         images = nn.functional.pad(images, (0, beside, 0, below), value=-1)          # black
         texts = [""] * len(obs["state"])
         if "tokens" in obs:
-            texts = [bytes(row.tolist()).decode().strip() for row in obs["tokens"].cpu()]
+            # an idle simulator shows zeros, and 128 bytes may end inside a letter
+            texts = [bytes(row.tolist()).decode(errors="replace").strip(" \0")
+                     for row in obs["tokens"].cpu()]
         image = [self.model.config.vlm_config.image_token_id]
         image = image * cameras * (vision.image_size // vision.patch_size) ** 2
         sentences = [image + [self.tokenizer.bos_token_id]
@@ -212,7 +229,8 @@ class PI0Policy(nn.Module):
     def load_state_dict(self, content):
         missing, unexpected = super().load_state_dict(content, strict=False)
         if unexpected or set(missing) & set(self.state_dict()):
-            raise SystemExit(f"this checkpoint is not one of the pi0 in {self.config['folder']}")
+            raise SystemExit(f"this checkpoint is not one of the pi0 in {self.config['folder']}: "
+                             "that must be the one that it was trained from")
 
     def __deepcopy__(self, memo):
         """A copy that shares what is frozen: `old` costs as much memory as what is trained."""

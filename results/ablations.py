@@ -1,8 +1,9 @@
 """Every ablation of the paper on the toy world: what changes when one choice of 03 is another?
 
-A variant is a small function in the place of one of 03's, or another number. Each is tuned, then
-played on eight other seeds: see study.py, which also goes on after Ctrl-C. The paper's world is
-LIBERO, ours a point robot: compare the order within a figure, not the numbers.
+A variant is a small function in the place of one of 03's, or another number. Each is tuned on four
+seeds, then played on eight others: see study.py, which also goes on after Ctrl-C. A seed is a clone
+and a run from it; both kinds are scored on the same 1,000 test starts. The paper's world is LIBERO,
+ours a point robot: compare the order within a figure, not the numbers.
 
 --phase asks the title's question instead: does wider noise need the finer target? Next step, its
 mean and endpoint, each in six widths of noise and each tuned for every width.
@@ -411,7 +412,7 @@ def parse_args():
     add("--noise-level", type=positive, default=0.2, help="a, where none is ablated")
     add("--iterations", type=flow.positive_int, default=160, help="RL iterations")
     add("--episodes", type=flow.positive_int, default=512, help="episodes per iteration")
-    add("--jobs", type=flow.positive_int, default=len(os.sched_getaffinity(0)),
+    add("--jobs", type=flow.positive_int, default=study.cores(),
         help="runs at a time, one core each")
     add("--out", type=Path, default="results/ablations", help="folder of tables and figure")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """What comes out of the README's exercises 1 to 10 and 15, seed 0: the changes made and run.
 
 Each runs in a copy of the repo, with a few characters of a function exchanged or a flag given. The
-four others (a world, a task, a policy, a grasp of one's own) are more than that: their rows, of the
-first build, stay as they are.
+four others (a world, a task, a policy, a grasp of one's own) are projects without a reference
+solution.
 
 Run:     python results/exercises.py            (8 minutes on one core)
          python results/exercises.py 6 9        (some of them)
@@ -10,6 +10,7 @@ Saves:   results/exercises/answers.csv
 """
 
 import csv
+import functools
 import importlib
 import re
 import shlex
@@ -26,8 +27,7 @@ sys.path.insert(0, str(ROOT))
 flow = importlib.import_module("01_flow_policy")
 TABLE = ROOT / "results/exercises/answers.csv"
 Try = namedtuple("Try", "exercise what command file code instead", defaults=(None,) * 3)
-PLAIN = {"01": "01_flow_policy.py", "03": "03_step_loss.py",
-         "half": "03_step_loss.py --episodes 256"}   # what an answer is compared with
+HALF = "03_step_loss.py --episodes 256"
 TRIES = [
     Try(1, "K = 1", "01_flow_policy.py --num-steps 1"),
     Try(1, "K = 2", "01_flow_policy.py --num-steps 2"),
@@ -50,7 +50,7 @@ TRIES = [
     Try(9, "--dpo-beta 0.5", "03_step_loss.py --dpo-beta 0.5"),
     Try(10, "successes weigh 2", "03_step_loss.py", "03_step_loss.py",
         "torch.as_tensor(success).float() * 2 - 1", "torch.as_tensor(success).float() * 3 - 1"),
-    Try(15, "each batch twice, 256 episodes", PLAIN["half"], "03_step_loss.py",
+    Try(15, "each batch twice, 256 episodes", HALF, "03_step_loss.py",
         "info = update(policy, optimizer, batch,",
         "for part in [batch] + vars(args).pop('last', []):\n            args.last = [batch]\n"
         "            info = update(policy, optimizer, part,"),
@@ -64,8 +64,7 @@ def run(command, folder):
     told = {name: float(value) for name, value in re.findall(r"(\w+)=([\d.]+)",
                                                              done.stdout.split("RESULT")[1])}
     for table in Path(folder, "runs/exercise").glob("*.csv"):
-        *_, told["last"] = rows = read(table)
-        told["first"], told["rows"] = rows[0], rows
+        told["rows"] = read(table)
     return told
 
 
@@ -97,11 +96,14 @@ def answer(attempt):
     if attempt.command.startswith("02"):
         widest = max(told["rows"], key=lambda row: float(row["noise_level"]))
         return float(widest["success"]), f"spread {float(widest['spread']):.3f}"
-    rate = float(told["last"]["train_sde"])
-    remark = remark or f"train_sde {rate:.2f}, drift {float(told['last']['drift']):.2f} at the end"
-    if attempt.exercise == 5:
-        remark = f"clipped {float(told['first']['clipped']):.2f} in the first iteration"
-    return told["stepnft"], remark
+    rate, drift = (float(told["rows"][-1][name]) for name in ("train_sde", "drift"))
+    return told["stepnft"], remark or f"train_sde {rate:.2f}, drift {drift:.2f} at the end"
+
+
+@functools.cache
+def unchanged(command):
+    """What an answer is compared with: a command of the repo as it is -> success."""
+    return answer(Try(0, "", command))[0]
 
 
 def main():
@@ -110,14 +112,12 @@ def main():
     chosen = set(parser.parse_args().exercises or numbers)
     if not chosen <= set(numbers):
         parser.error(f"exercises {sorted(chosen - set(numbers))}: those here are {numbers}")
-    beside = {name: answer(Try(0, name, command)) for name, command in PLAIN.items()}
-    beside["02"] = answer(Try(0, "", "02_sde_sampler.py"))
-    found, (_, commit) = [], subprocess.getstatusoutput("git describe --always --dirty")
+    found, commit = [], subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty")
     for attempt in tqdm([attempt for attempt in TRIES if attempt.exercise in chosen]):
         success, remark = answer(attempt)
-        plain = beside["half" if attempt.exercise == 15 else attempt.command[:2]]
+        plain = HALF if attempt.command == HALF else attempt.command.split()[0]
         found.append({"exercise": attempt.exercise, "what": attempt.what, "success": success,
-                      "beside": plain[0], "remark": remark, "code": commit})
+                      "beside": unchanged(plain), "remark": remark, "code": commit})
     kept = [row for row in read(TABLE) if int(row["exercise"]) not in chosen]
     rows = sorted([*kept, *found], key=lambda row: int(row["exercise"]))
     with open(TABLE, "w", newline="") as file:

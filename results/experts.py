@@ -31,14 +31,14 @@ COLUMNS = "suite task instruction variant episodes success low high mean_steps m
 def libero_rows(args):
     """Plays all tasks at once -> (what was played, success, steps) of each."""
     limit = libero.time_limit(args.suite)
-    seeds = [libero.TASK * task + i for task in args.tasks for i in range(libero.OFFICIAL)]
+    seeds = [libero.TASK * task + i for task in args.tasks for i in range(libero.NUM_OFFICIAL)]
     with contextlib.closing(libero.make_workers(
             args.suite, args.tasks, args.num_envs, max_steps=limit, demo_noise=0)) as world:
         success, steps = play(world, seeds)
     for task in args.tasks:
         own = np.asarray(seeds) // libero.TASK == task
         instruction = libero.read_suite(args.suite).problems[task].instruction
-        played = args.suite, task, instruction, "official initial states", limit
+        played = args.suite, task, instruction, libero.OFFICIAL_STARTS, limit
         yield played, success[own], steps[own]
 
 
@@ -61,9 +61,14 @@ def play(world, seeds):
 
 
 def parse_args():
+    def parser_of_a_world(prog):  # prog: "experts.py libero", say
+        parser = flow.Parser(__doc__)
+        parser.prog = prog
+        return parser
+
     parser = flow.Parser(__doc__)
     kinds = parser.add_subparsers(dest="world", required=True, metavar="libero | maniskill",
-                                  parser_class=lambda **names: flow.Parser(__doc__))
+                                  parser_class=parser_of_a_world)
     of_libero, of_maniskill = map(kinds.add_parser, ("libero", "maniskill"))
     of_libero.add_argument("--suite", default="libero_object", help=", ".join(libero.TIME_LIMITS))
     of_libero.add_argument("--tasks", nargs="+", default=["all"],

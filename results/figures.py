@@ -10,7 +10,6 @@ Draws:   results/figures/*.png; a figure whose data is missing is skipped, and a
 """
 
 import collections
-import csv
 import importlib
 import math
 import sys
@@ -22,9 +21,9 @@ import torch
 RESULTS = Path(__file__).resolve().parent
 DRAWN = RESULTS / "figures"    # where the pictures go
 sys.path[:0] = [str(RESULTS.parent), str(RESULTS)]
-flow, sde, nft, robot, ablations, protocol = map(importlib.import_module, (
-    "01_flow_policy", "02_sde_sampler", "03_step_loss", "04_train_libero", "ablations", "protocol"))
-plt = flow.pyplot()
+flow, sde, nft, robot, ablations, study = map(importlib.import_module, (
+    "01_flow_policy", "02_sde_sampler", "03_step_loss", "04_train_libero", "ablations", "study"))
+plt, read = flow.pyplot(), study.read
 
 # Okabe and Ito's colours: told apart by every kind of colour vision. Figures lie on a card of their
 # own, so that they read the same on a light and on a dark page.
@@ -38,11 +37,6 @@ NAMES = {"pi-StepNFT": "π-StepNFT", "stepnft": "π-StepNFT", "ppo": "PPO", "grp
 POLICY_COLORS = {"SFT": GREY, "PPO": ORANGE, "GRPO": PURPLE, "π-StepNFT": BLUE}
 
 K, WIDE, NOISE = 4, 0.5, 0.2   # denoising steps; noise of the hero figure; the paper's, elsewhere
-
-
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -231,16 +225,15 @@ def method(data):
     save(fig, "step5_iterate")
 
 
-def draw_curves(ax, paths, color, label="trained policy, ODE", train=True):
+def draw_curves(ax, paths, color):
     """Success against training episodes, a line for each log; the acting policy thin and grey."""
     for i, path in enumerate(paths):
         log = nft.read_log(path)
         seen, played = ~np.isnan(log["eval_ode"]), log["episodes"] / 1000
-        if train:
-            ax.plot(played, log["train_sde"], color=GREY, lw=0.6, alpha=0.5,
-                    label="acting policy, SDE" if i == 0 else None)
+        ax.plot(played, log["train_sde"], color=GREY, lw=0.6, alpha=0.5,
+                label="acting policy, SDE" if i == 0 else None)
         ax.plot(played[seen], log["eval_ode"][seen], "o-", ms=2.5, lw=1.3, color=color,
-                alpha=1 - 0.25 * (i % 3), label=label if i == 0 else None)
+                alpha=1 - 0.25 * (i % 3), label="trained policy, ODE" if i == 0 else None)
 
 
 def draw_before_after(ax, rows, groups):
@@ -288,33 +281,30 @@ def libero(folder, runs, title, name):
 
 
 def libero_protocol(folder):
-    """Success before and after in every suite and in LIBERO-PRO's variants of libero_object, and
-    what more demonstrations change: rows of protocol.csv, official states, a dot for each seed."""
+    """Success before and after, official states, a dot for each seed (rows of protocol.csv): in
+    every suite and in LIBERO-PRO's variants; and on libero_object with more demonstrations."""
     runs = collections.defaultdict(list)  # (suite played, demos, seed, policy) -> its tasks
     for row in read(folder / "protocol.csv"):
-        if row["starts"] == protocol.OFFICIAL and not (
-                row["policy"] == "SFT" and row["method"] != "stepnft"):  # the clone is the same
-            runs[row["tested"], int(row["demos"]), row["seed"], row["policy"]].append(row)
-    rows = {run: numbers(row) for run, tasks in runs.items() for row in pooled(
-        [{**task, "suite": run[0]} for task in tasks])}
-    played = list(dict.fromkeys(suite for suite, *_ in rows))
-    suites = sorted(played, key=lambda suite: suite.count("_"))  # the variants last
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3), width_ratios=(len(suites), 2.2))
-    draw_before_after(left, [(suite, seed, policy, *found)
-                             for (suite, demos, seed, policy), found in rows.items()
-                             if demos == 1 and policy != "filtered BC"], suites)
-    left.set_xticks(range(len(suites)), [
+        if row["starts"] == robot.libero.OFFICIAL_STARTS and row["method"] == "stepnft":
+            runs[row["tested"], int(row["demos"]), row["seed"], row["policy"]].append(
+                {**row, "suite": row["tested"]})
+    rows = [(suite, demos, seed, policy, *numbers(pooled(tasks)[0]))
+            for (suite, demos, seed, policy), tasks in runs.items()]
+    # the variants, which have one more _, last
+    suites = sorted(dict.fromkeys(row[0] for row in rows), key=lambda suite: suite.count("_"))
+    fig, ax = plt.subplots(figsize=(9.6, 3))
+    draw_before_after(ax, [(suite, *rest) for suite, demos, *rest in rows if demos == 1], suites)
+    ax.set_xticks(range(len(suites)), [
         suite.removeprefix("libero_").replace("object_", "object\n_") for suite in suites])
-    shots = sorted({demos for suite, demos, *_ in rows if suite == "libero_object"})
-    for policy, color in (("SFT", GREY), ("filtered BC", GREEN), ("pi-StepNFT", BLUE)):
-        means = {k: np.mean(found) for k in shots if (found := [
-            success for (suite, demos, _, name), (success, *_) in rows.items()
-            if (suite, demos, name) == ("libero_object", k, policy)])}
-        right.plot(list(means), list(means.values()), "o-", ms=4, color=color,
-                   label=NAMES.get(policy, policy) if means else None)
-    right.set(ylim=(0, 1.05), xticks=shots, xlabel="demonstrations a task", title="libero_object")
-    right.legend(fontsize=8, loc="lower right")
     save(fig, "libero_protocol")
+    shots = sorted({demos for suite, demos, *_ in rows if suite == "libero_object"})
+    if len(shots) == 1:
+        return skipped("libero_shots", "04_train_libero/protocol.csv with 2 and 5 demonstrations")
+    fig, ax = plt.subplots(figsize=(4.8, 3))
+    draw_before_after(ax, [(demos, *rest) for suite, demos, *rest in rows
+                           if suite == "libero_object"], shots)
+    ax.set_xlabel("demonstrations a task")
+    save(fig, "libero_shots")
 
 
 def rated(won, episodes):
@@ -344,7 +334,7 @@ def phase(folder):
     with 95 % t-intervals over seeds; and below, why: see mechanism.py."""
     if not (folder / "phase.csv").exists():
         return skipped("phase", "ablations/phase.csv")
-    robot_rows = read(folder / "phase_robot.csv") if (folder / "phase_robot.csv").exists() else []
+    robot_rows = read(folder / "phase_robot.csv")
     if min((row["seeds"] for row in ablations.phase_table(robot_rows)), default=0) < 2:
         robot_rows = []  # a single seed has no interval to draw
     fig, axes = plt.subplots(*((2, 2) if robot_rows else (1, 3)),
@@ -410,15 +400,12 @@ def maniskill(folder):
     if not logs or not summary.exists():
         return skipped("maniskill", f"{folder.name}/seed*.csv and summary.csv")
     fig, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3), width_ratios=(1.6, 1))
-    draw_curves(left, logs, BLUE, "π-StepNFT, ODE")
-    for name, color in (("ppo", ORANGE), ("grpo", PURPLE)):
-        draw_curves(left, sorted(folder.glob(f"{name}_seed[0-9].csv")), color, f"{name.upper()}, "
-                    "ODE", train=False)
+    draw_curves(left, logs, BLUE)
     left.set(ylim=(0, 1.02), xlabel="training episodes, thousands", ylabel="success",
              title=f"ManiSkill PickCube, validation while training, {count(logs)}")
     left.legend(loc="lower right", handlelength=1.5)
     rows = []
-    for i, row in enumerate(r for r in read(summary) if "--sft-steps" not in r["command"]):
+    for i, row in enumerate(read(summary)):
         for policy, column in (("SFT", "sft"), ("pi-StepNFT", "stepnft")):
             episodes = int(row["test_episodes"])
             won = round(float(row[column]) * episodes)
@@ -426,55 +413,6 @@ def maniskill(folder):
     draw_before_after(right, rows, sorted({row[0] for row in rows}))
     right.set_ylabel("success, ODE, test")
     save(fig, "maniskill")
-
-
-AXES = ("in-distribution", "vision", "semantic", "execution", "OOD mean")
-
-
-def ood_rows(path):
-    """ood.csv -> the rows that `draw_before_after` takes: mean over the variants of each axis, and
-    over the three out-of-distribution axes; the interval is that of the pooled episodes."""
-    table, rows = read(path), []
-    for policy, seed in dict.fromkeys((r["policy"], r["seed"]) for r in table):
-        own = [r for r in table if (r["policy"], r["seed"]) == (policy, seed)]
-        means = {}
-        for axis in AXES[:4]:
-            variants = [r for r in own if r["axis"] == axis]
-            if variants:
-                episodes = sum(int(r["episodes"]) for r in variants)
-                means[axis] = np.mean([float(r["success"]) for r in variants]), episodes
-        shifted = [v for axis, v in means.items() if axis != AXES[0]]
-        if shifted:
-            means["OOD mean"] = np.mean([m for m, _ in shifted]), sum(n for _, n in shifted)
-        for axis, (mean, episodes) in means.items():
-            shown = rated(round(mean * episodes), episodes)
-            rows.append((axis, seed, policy, mean, shown["low"], shown["high"]))
-    return rows
-
-
-def ood(path):
-    """policy,seed,axis,variant,episodes,success,low,high -> learning curves of the same runs, bars
-    for each axis and for each variant."""
-    if not path.exists():
-        return skipped("ood", f"{path.parent.name}/{path.name}")
-    rows, table = ood_rows(path), read(path)
-    fig = plt.figure(figsize=(9.6, 6))
-    grid = fig.add_gridspec(2, 3)
-    curves, top, bottom = (fig.add_subplot(grid[where]) for where in (
-        (0, 0), (0, slice(1, 3)), (1, slice(0, 3))))
-    for name in ("ppo", "grpo", "stepnft"):
-        draw_curves(curves, sorted(path.parent.glob(f"pad_{name}_seed[0-9].csv")),
-                    POLICY_COLORS[NAMES[name]], NAMES[name], train=False)
-    curves.set(ylim=(0, 1.05), xlabel="training episodes, thousands", ylabel="success, ODE",
-               title="validation while training")
-    draw_before_after(top, rows, [axis for axis in AXES if any(r[0] == axis for r in rows)])
-    variants = list(dict.fromkeys((r["axis"], r["variant"]) for r in table))
-    draw_before_after(bottom, [((r["axis"], r["variant"]), r["seed"], r["policy"], *numbers(r))
-                               for r in table], variants)
-    bottom.set_xticks(range(len(variants)), [variant for _, variant in variants], rotation=30,
-                      ha="right", fontsize=8)
-    bottom.get_legend().remove()
-    save(fig, "ood")
 
 
 def numbers(row):
@@ -513,7 +451,6 @@ def main():
         libero(RESULTS / "04_train_libero", "task0", "task 0", "libero")
         libero(RESULTS / "04_train_libero", "ten_tasks", "ten tasks", "libero_ten")
         maniskill(RESULTS / "05_train_maniskill")
-        ood(RESULTS / "05_train_maniskill/ood.csv")
 
 
 if __name__ == "__main__":

@@ -22,17 +22,17 @@ flow, nft, robot = map(importlib.import_module, (
 
 class FilteredBC(robot.StepNFT):
     """`StepNFT` of 04, with another `learn`."""
-    name = "filtered BC"
+    name, key = "filtered BC", "filtered_bc"
 
     def learn(self, policy, optimizer, batch, success):
         """Minibatch steps of flow matching on what was played in successful episodes -> info."""
         kept = flow.take(batch, torch.as_tensor(success)[batch["episode"]])
-        kept["y"] = torch.ones(len(kept["x"]))  # `equal_rows` counts these
-        kept, infos = robot.equal_rows(kept), []
-        if not len(kept["y"]):  # no success, nothing to clone
+        kept = robot.equal_rows(kept)
+        count, infos = len(kept["x"]), []
+        if not count:  # no success, nothing to clone
             return {"loss": 0.0, "grad_norm": 0.0}
         for _ in range(self.args.epochs):
-            for rows in torch.randperm(len(kept["y"])).split(self.args.minibatch):
+            for rows in torch.randperm(count).split(self.args.minibatch):
                 part = flow.to_device(flow.take(kept, rows), policy)
                 loss = flow.flow_matching_loss(policy, part, part["x"][:, -1])  # x_0, flow units
                 norm = nft.optimise(policy, optimizer, loss, grad_clip=1.0)
@@ -41,4 +41,4 @@ class FilteredBC(robot.StepNFT):
 
 
 if __name__ == "__main__":
-    robot.main(FilteredBC)
+    robot.main(FilteredBC, __doc__)

@@ -6,15 +6,17 @@ row. A job whose row is there is not run again: a killed study goes on with the 
     collect(jobs, run, path)                   runs what is missing, several at a time
     best = tune(arms, grid, run, path)         for each arm the setting of the grid to report with
 
-Every arm is tuned alike, by halving, on seeds that no reported number uses: the whole grid plays
-seed 100, the better half of it also 101, the better half of that also 102 and 103 (never fewer than
-three settings), and the best mean over the four seeds wins. The csv keeps all of it.
+Every arm is tuned alike, by halving, on run seeds (clone, rollouts, updates) that no reported
+number uses: the whole grid plays seed 100, the better half of it also 101, the better half of that
+also 102 and 103 (never fewer than three settings), and the best mean over the four seeds wins. The
+csv keeps all of it.
 """
 
 import contextlib
 import csv
 import functools
 import importlib
+import io
 import os
 import signal
 import subprocess
@@ -58,6 +60,11 @@ def rows_of(jobs, path):
     return [row for row in read(path) if key({name: row[name] for name in names}) in wanted]
 
 
+def cores():
+    """How many CPU cores this process may use: on macOS and Windows all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def calm():
     """A worker process: one thread, and Ctrl-C is its parent's business."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -69,6 +76,19 @@ def answer(run, job):
     results = run(job)
     return [{**{name: text(value) for name, value in job.items()}, **row}
             for row in (results if isinstance(results, list) else [results])]
+
+
+def append(path, rows):
+    """Adds a job's rows to the csv in one write: a study that is killed has all of them or none.
+    Floats are rounded as by 03's `log_row`."""
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, rows[0])
+    with open(path, "ab", buffering=0) as file:
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows({name: round(value, 5) if isinstance(value, float) else value
+                          for name, value in row.items()} for row in rows)
+        file.write(lines.getvalue().encode())
 
 
 def collect(jobs, run, path, workers=1, desc="runs"):
@@ -88,8 +108,7 @@ def collect(jobs, run, path, workers=1, desc="runs"):
             for rows in tqdm(answers, total=len(todo), desc=desc, disable=None):
                 if header and header != list(rows[0]):
                     raise SystemExit(f"{path} has other columns than this study: move it away")
-                for row in rows:
-                    nft.log_row(path, row)
+                append(path, rows)
     except KeyboardInterrupt:
         raise SystemExit(f"stopped: the same command goes on with {path}") from None
 

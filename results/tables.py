@@ -15,13 +15,12 @@ column   NAME              as in the csv, floats with three decimals (NAME:.1f a
 where    keeps some rows;  `mean row` adds a last one, `mean only` shows no other. May be left out.
 
 Without columns, a csv gets a table of its own shape: phase target x noise, ablations variant beside
-the paper, mechanism noise x part, ood policy x axis, a tuning arm x setting.
+the paper, mechanism noise x part, a tuning arm x setting.
 
 Links such as [`mirror`](03_step_loss.py#L56) get the line on which that name is defined.
 tests/test_readme.py fails while a page differs from what this script would write.
 """
 
-import csv
 import glob
 import importlib
 import os
@@ -35,13 +34,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 robot, ablations, figures, study = map(importlib.import_module, (
     "04_train_libero", "ablations", "figures", "study"))
+read = study.read
 PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*/README.md"))]
 LINK = r"\[`([\w.]+)`\]\(([\w./]+\.py)#L(\d+)\)"
-
-
-def read(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def rows_of(pattern):
@@ -109,9 +104,8 @@ def table(pattern, specs):
         if "pixel_gap" in pattern:
             return {"verdicts": gap_verdicts, "main": gap_table,
                     "tuning": gap_tuning}[Path(pattern).stem](rows)
-        shapes = {"ood": axes_table, "phase": phase_table, "phase_robot": phase_table,
-                  "ablations": ablation_table, "mechanism": mechanism_table,
-                  "centred": centred_table}
+        shapes = {"phase": phase_table, "phase_robot": phase_table, "ablations": ablation_table,
+                  "mechanism": mechanism_table, "centred": centred_table}
         return shapes.get(Path(pattern).stem, grid_table)(rows)
     cells = [] if "mean only" in specs else [[cell(row, spec) for spec in columns] for row in rows]
     mean = {"mean row", "mean only"} & set(specs)
@@ -183,13 +177,12 @@ def gap_verdicts(rows):
 
 def gap_table(rows):
     """main.csv of PixelGap: success of the clone and of each method at the end, mean ± 95 %."""
-    first, last = min, max
-    iterations = [int(row["iteration"]) for row in rows]
+    iterations = {int(row["iteration"]) for row in rows}
+    start, end = min(iterations), max(iterations)
     cells = []
-    for name, algo, when in (("SFT", "stepnft", first), *((figures.NAMES[a], a, last) for a in (
+    for name, algo, when in (("SFT", "stepnft", start), *((figures.NAMES[a], a, end) for a in (
             "stepnft", "ppo", "grpo"))):
-        own = [row for row in rows if row["algo"] == algo
-               and int(row["iteration"]) == when(iterations)]
+        own = [row for row in rows if row["algo"] == algo and int(row["iteration"]) == when]
         shown = [[float(row[c]) for row in own] for c in ("id", "textures", "gaps", "both",
                                                           "starts")]
         cells.append([name, *(plus_minus({"after": np.mean(values),
@@ -249,33 +242,6 @@ def grid_table(rows):
         shown = [f"{np.mean(after):.3f} ({len(after)})" if after else "–" for after in own]
         cells.append([" ".join(which), *(f"**{text}**" if after is taken else text
                                          for after, text in zip(own, shown))])
-    return cells
-
-
-def axes_table(rows):
-    """The out-of-distribution suite. For each policy the rate on each axis, all episodes pooled;
-    the OOD mean is that of the three axes. Then differences of policies that share their clones and
-    their starts: paired by seed, ± half of the 95 % t-interval over seeds, in points."""
-    seeds = sorted({row["seed"] for row in rows})
-    policies, axes = (list(dict.fromkeys(row[name] for row in rows)) for name in ("policy", "axis"))
-
-    def rates(policy, seeds):
-        """Of the axes, then of OOD, over these seeds."""
-        found = []
-        for axis in axes:
-            own = [row for row in rows if row["policy"] == policy and row["axis"] == axis
-                   and row["seed"] in seeds]
-            episodes = [int(row["episodes"]) for row in own]
-            found.append(np.average([float(row["success"]) for row in own], weights=episodes))
-        return np.array([*found, np.mean(found[1:])])
-
-    cells = [[figures.NAMES.get(policy, policy), *(f"{rate:.3f}" for rate in rates(policy, seeds))]
-             for policy in policies]
-    for before, after in (("SFT", "ppo"), ("SFT", "stepnft"), ("ppo", "stepnft")):
-        gains = np.array([100 * (rates(after, seed) - rates(before, seed)) for seed in seeds])
-        shown = [f"{gain.mean():+.1f} ± {study.half_interval(gain):.1f}" for gain in gains.T]
-        names = " - ".join(figures.NAMES.get(name, name) for name in (after, before))
-        cells.append([names, *shown])
     return cells
 
 

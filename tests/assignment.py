@@ -1,19 +1,20 @@
 """The course kit, cut from the repo itself, so that it cannot go stale.
 
-make writes a student's copy: the repo without tests and results, in which the functions of a sheet
-(tests/sheets/*.md) are empty under their docstring, which is the spec. grade takes each of these
+make writes a student's copy: the repo without notebooks, tests and results, in which the functions
+of a sheet (tests/sheets/*.md) are empty under their docstring, the spec. grade takes each of these
 functions out of a student's file, alone, and tries it inside the reference: one that is missing
 blocks no other. It is worth its points if it passes the tests that watch it in test_mutants.py. If
 it does not, but does what one of the mistakes planted there does, that mistake is named.
 
 A student's code runs in a process of its own, with limits of time and memory. That keeps a loop
-from blocking the grader; it is no defence against somebody who wants to cheat.
+from blocking the grader; it is no defence against somebody who wants to cheat. The solutions are
+public: use the sheets for practice, or ask for an explanation of a function.
 
 Run:     python tests/assignment.py make copies/B --sheet B
          python tests/assignment.py grade copies/B --sheet B
 Prints:  a line for each function and RESULT; the exit code is 0 with full marks.
-Saves:   grade: FOLDER/results.json, in Gradescope's form. make --workflow prints the file that
-         lets GitHub Classroom grade each push.
+Saves:   grade: FOLDER/results.json, in Gradescope's form. make --workflow > FILE: FILE, put into
+         .github/workflows/ of the copy, lets GitHub Classroom grade each push.
 """
 
 import ast
@@ -39,7 +40,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import test_mutants as known  # noqa: E402  (the line above tells where)
 
 flow = known.flow
-LEFT_OUT = ("tests/", ".ci/", "results/")       # they hold solutions; figures are copied
+LEFT_OUT = ("tests/", ".ci/", "results/", "notebooks/")  # solutions, answers; figures are copied
 SECONDS, GIGABYTES, CALLS = 20, 4, 6            # of each function; calls to compare mistakes by
 Task = namedtuple("Task", "file name points")
 WORKFLOW = """\
@@ -51,6 +52,7 @@ jobs:
       - uses: actions/checkout@v4
         with: {path: student}
       - uses: actions/checkout@v4
+        # of a private reference: a token in `with` as well, token: ${{ secrets.NAME }}
         with: {repository: YOUR/REFERENCE, path: reference}
       - run: pip install torch numpy scipy gymnasium matplotlib tqdm pytest
       - run: python reference/tests/assignment.py grade student --sheet SHEET
@@ -274,8 +276,8 @@ def grade_one(path, name):
     process = context.Process(target=trial, args=(its, path, name))
     process.start()
     its.close()
-    answer = (False, f"no answer within {SECONDS} seconds")
-    if mine.poll(SECONDS):
+    answer = (False, f"no answer within {10 * SECONDS} seconds")
+    if mine.poll(10 * SECONDS):  # the limit above is of its CPU: a busy machine fails nobody
         with contextlib.suppress(EOFError):
             answer = (False, f"its process ended: {SECONDS} seconds, {GIGABYTES} GB, or exit")
             answer = mine.recv()
@@ -313,8 +315,9 @@ def main():
         parser.make_folder("folder", args.folder)
         tasks = make(args.folder, args.sheet)
         if args.workflow:
-            print(WORKFLOW.replace("SHEET", args.sheet))
-        return print(f"RESULT functions={len(tasks)} read={args.folder}/sheets/{args.sheet}.md")
+            print(WORKFLOW.replace("SHEET", args.sheet), end="")
+        return print(f"RESULT functions={len(tasks)} read={args.folder}/sheets/{args.sheet}.md",
+                     file=sys.stderr if args.workflow else sys.stdout)
     tasks = tasks_of(args.sheet)
     missing = [task.file for task in tasks if not (args.folder / task.file).exists()]
     if missing:

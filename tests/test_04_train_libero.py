@@ -261,7 +261,7 @@ def toy_world(args, *more, demo_noise=None, test=False, film=None):
 def toy(monkeypatch):
     """04 on the toy world, with five official starts in a task."""
     monkeypatch.setattr(robot, "make_world", toy_world)
-    monkeypatch.setattr(libero, "OFFICIAL", 5)
+    monkeypatch.setattr(libero, "NUM_OFFICIAL", 5)
     monkeypatch.setattr(Toy, "played", [])
 
 
@@ -341,6 +341,7 @@ def test_a_run_trains_tests_logs_and_draws(toy, tmp_path):
     assert (tmp_path / "new" / "learning.png").stat().st_size > 5000
     sft, last = content(tmp_path / "new", "sft.pt"), content(tmp_path / "new")
     assert any(not torch.equal(sft[name], last[name]) for name in sft)
+    assert "max_steps=160" in out.split("\n")[0].split()         # the flags as they were filled in
     for what in ("validation, SFT", "validation, iteration 3", "pi-StepNFT", "SFT: flow matching"):
         assert what in out
 
@@ -350,12 +351,11 @@ def test_demos_training_validation_and_test_share_no_start(toy, tmp_path):
     demos = [seeds for scripted, seeds in Toy.played if scripted]
     others = [seeds for scripted, seeds in Toy.played if not scripted]
     validation, train = [others[i] for i in (0, 3, 5)], [others[i] for i in (1, 2, 4)]
-    test, official = others[7:9], others[6]
-    assert official == [0, 1, 2, 3, 4] and others[6:8] == [official] * 2 or test[0] == official
-    test = [seeds for seeds in others[6:] if seeds != official]
+    official, test = others[6:8], others[8:]
+    assert official == [[0, 1, 2, 3, 4]] * 2
     assert validation == [validation[0]] * 3 and test == [test[0]] * 2
     kinds = [set(sum(demos, [])), set(sum(train, [])), set(validation[0]), set(test[0]),
-             set(official)]
+             set(official[0])]
     assert [len(kind) for kind in kinds] == [3, 3 * 16 // 4, 9, 10, 5]
     assert len(set.union(*kinds)) == sum(map(len, kinds))
     for seeds in train:                                    # four neighbours share their start
@@ -398,7 +398,8 @@ def test_any_seed_works(toy, tmp_path, seed):
 
 
 def test_sft_of_another_run_is_where_a_run_starts(toy, tmp_path):
-    ran(*TOY, "--iterations", 0, "--out", tmp_path / "first")
+    result, _ = ran(*TOY, "--iterations", 0, "--out", tmp_path / "first")
+    assert "sft" in result and "stepnft" not in result             # nothing was trained
     assert not (tmp_path / "first" / "log.csv").exists()
     Toy.played.clear()
     ran(*TOY, "--sft", tmp_path / "first" / "sft.pt", "--out", tmp_path / "second", "--lr", 1e-9)
@@ -416,7 +417,7 @@ def test_an_action_that_is_held_is_the_mean_of_the_steps_that_it_replaces(toy, m
     monkeypatch.setattr(robot, "save", lambda *content: None)
     args = SimpleNamespace(resume=None, sft=None, horizon=2, action_repeat=3, seed=0, device="cpu",
                            sft_steps=1, sft_lr=1e-3, sft_batch=256, out=tmp_path, tasks=[0],
-                           obs="state", state_dim=18, policy=None)
+                           obs="state", state_dim=18, policy=None, micro_batch=32)
     actions = [torch.rand(7, 7) * 2 - 1, torch.rand(4, 7)]
     demos = [({"state": torch.randn(len(a), 18)}, a) for a in actions]
     robot.clone(args, robot.make_policy, lambda args: demos)
@@ -454,8 +455,8 @@ def test_a_checkpoint_comes_back_whole(tmp_path):
     assert torch.equal(loaded.velocity(x_t, t, loaded.encode(obs)),
                        policy.velocity(x_t, t, policy.encode(obs)))
     assert torch.equal(loaded.denormalise(x_t), policy.denormalise(x_t))
-    assert torch.equal(loaded.normalise(torch.rand(3, 4, 3)[:1] * 0 + 1),
-                       policy.normalise(torch.rand(3, 4, 3)[:1] * 0 + 1))
+    actions = torch.rand(3, 4, 3)
+    assert torch.equal(loaded.normalise(actions), policy.normalise(actions))
     content = torch.load(tmp_path / "p.pt", weights_only=True)     # nothing in it is a program
     assert content["note"] == {"n": 7} and content["flags"] == {"script": SCRIPT, "seed": 3}
     assert [path.name for path in tmp_path.iterdir()] == ["p.pt"]
@@ -529,9 +530,10 @@ def test_scripted_demos_keep_the_first_successes_of_each_task():
     assert wanted[0][-1] > 1004                                    # some did fail
     assert sorted(int(rows["state"][0, 0]) for rows, _ in demos) == sum(wanted, [])
     for rows, actions in demos:
-        assert rows["state"][:, 1].tolist() == [0, 1, 2] and len(set(rows["state"][:, 0])) >= 1
+        assert rows["state"][:, 1].tolist() == [0, 1, 2]
+        assert len(set(rows["state"][:, 0].tolist())) == 1        # all of one episode
         torch.testing.assert_close(actions, torch.tensor([[1, 0], [1, 0.1], [1, 0.2]]))
-        assert "action" not in rows
+        assert set(rows) == {"state"}                             # what was observed, no more
 
 
 def test_an_expert_that_never_succeeds_gets_one_line():
@@ -549,7 +551,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(robot, "make_world", toy_world)
-        patch.setattr(libero, "OFFICIAL", 5)
+        patch.setattr(libero, "NUM_OFFICIAL", 5)
         ran(*TOY, "--iterations", 1, "--seed", 3, "--tasks", 0, 1, "--out", folder / "04")
     shutil.copytree(folder / "04", folder / "05")
     content = torch.load(folder / "04" / "last.pt", weights_only=True)
@@ -680,6 +682,27 @@ def test_a_perturbed_suite_may_be_named_by_its_ending(tmp_path):
     assert args.eval_suites == ["libero_object_lan", "libero_object_swap"]
 
 
+def test_every_suite_is_tested_under_its_own_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(libero, "make_workers", lambda *rest, max_steps, **more: max_steps)
+    flags = ["--suite", "libero_goal", "--tasks", 1, "--eval-suites", "libero_spatial", "--out",
+             tmp_path]
+    args = parse(*flags)
+    assert [robot.make_world(args, suite, test=True) for suite in
+            (None, "libero_goal_lan", "libero_spatial")] == [300, 300, 220]
+    assert robot.make_world(args) == 160                           # training
+    args = parse(*flags, "--test-max-steps", 400)
+    assert robot.make_world(args, "libero_spatial", test=True) == 400
+    assert robot.make_world(args) == 200
+
+
+def test_a_clone_is_compared_without_building_a_network(runs, tmp_path, monkeypatch):
+    """A large one would need its memory twice. The wrong calls above say what is refused."""
+    monkeypatch.setattr(robot, "build_policy", None)
+    args = parse("--sft", runs / "04" / "sft.pt", "--tasks", 0, 1, "--out", tmp_path)
+    config = torch.load(args.sft, weights_only=True)["config"]
+    assert config == robot.policy_config(args)                     # nothing is left to a default
+
+
 # ------------------------------------------------------------------------------------------------
 # Several ranks. They are processes; what they share is what gloo carries between them.
 
@@ -738,7 +761,7 @@ def one_of_two_ranks(rank, port, folder):
     own.mkdir()
     os.chdir(own)
     os.dup2(os.open(folder / f"{rank}.txt", os.O_CREAT | os.O_WRONLY), 1)
-    robot.make_world, libero.OFFICIAL, told = toy_world, 5, {}
+    robot.make_world, libero.NUM_OFFICIAL, told = toy_world, 5, {}
     train = robot.train
 
     def train_and_tell(args, sft, *rest):
@@ -830,7 +853,7 @@ def test_ranks_that_cannot_share_get_one_line(flags, words, monkeypatch):
 
 @sim
 def test_rgb_from_recorded_demos_to_evaluation_and_film(recorded, tmp_path, gl, monkeypatch):
-    monkeypatch.setattr(libero, "OFFICIAL", 1)
+    monkeypatch.setattr(libero, "NUM_OFFICIAL", 1)
     result, _ = ran(*"--obs rgb --image-size 48 --sft-steps 3 --episodes 8 --iterations 1 "
                     "--max-steps 4 --test-max-steps 4 --eval-episodes 1 --eval-every 1 "
                     "--num-envs 1 --test-episodes 1 --video 1".split(),
@@ -900,7 +923,7 @@ def test_a_worker_that_dies_a_run_resumed_and_perturbed_suites(recorded, tmp_pat
     flags = ("--sft-steps 5 --iterations 2 --episodes 48 --max-steps 8 --eval-every 1 "
              "--test-max-steps 8 --eval-episodes 2 --test-episodes 1 --num-envs 1 "
              "--eval-suites _lan --lr 1e-3").split() + ["--demos", recorded[0]]
-    monkeypatch.setattr(libero, "OFFICIAL", 2)
+    monkeypatch.setattr(libero, "NUM_OFFICIAL", 2)
     told, _ = run_and_cut(tmp_path, monkeypatch, *flags)
     line = kill_a_worker(SCRIPT, "--resume", "--out", tmp_path / "cut", "--num-envs", 1,
                          cwd=tmp_path, when="iteration 2/2")

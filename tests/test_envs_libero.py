@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from envs import libero
+from envs import libero, libero_demos
 
 sim = pytest.mark.sim
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
@@ -52,7 +52,8 @@ def play(simulator, number, actions):
 
 
 def test_importing_loads_no_simulator():
-    code = ("import sys, envs.libero; assert not {'mujoco', 'robosuite', 'libero', 'h5py'}"
+    code = ("import sys, envs.libero_demos, envs.libero; "
+            "assert not {'mujoco', 'robosuite', 'libero', 'h5py'}"
             " & {name.split('.')[0] for name in sys.modules}")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -289,7 +290,8 @@ def test_live_and_recorded_images_are_liberos_own(gl, tmp_path):
         upright = own[name][:-1, ::-1, ::-1].transpose(0, 3, 1, 2)
         assert upright.std() > 10 and np.array_equal(upright, images[6:, camera])
 
-    (rows, acted), = libero.recorded_demos("libero_object", [0], tmp_path, 1, False, "rgb", SIZE)
+    (rows, acted), = libero_demos.recorded_demos("libero_object", [0], tmp_path, 1, False, "rgb",
+                                                 SIZE)
     np.testing.assert_allclose(acted, actions[6:], rtol=1e-6)  # the first has no image before it
     np.testing.assert_allclose(rows["state"], state[6:], atol=4e-3)  # live: 2 ms older
     assert np.array_equal(rows["rgb"], images[6:])
@@ -379,7 +381,7 @@ def recorded(soup, tmp_path_factory):
 @sim
 def test_recorded_demos_give_the_states_that_were_seen(recorded, soup):
     file, seen = recorded
-    demos = libero.recorded_demos("libero_object", [0], file.parent, 5, False, "state")
+    demos = libero_demos.recorded_demos("libero_object", [0], file.parent, 5, False, "state")
     assert len(demos) == 2                                         # there are no more
     assert all(set(rows) == {"state", "tokens"} for rows, _ in demos)
     # what is seen live is one physics step (2 ms) older than the joints
@@ -395,7 +397,7 @@ def test_recorded_demos_give_the_states_that_were_seen(recorded, soup):
 @sim
 def test_recorded_images_of_steps_that_were_left_out_serve_the_next(recorded):
     file, seen = recorded
-    (rows, actions), = libero.recorded_demos("libero_object", [0], file, 1, True, "rgb", SIZE)
+    (rows, actions), = libero_demos.recorded_demos("libero_object", [0], file, 1, True, "rgb", SIZE)
     assert len(actions) == len(rows["state"]) == 9         # of 12; two did nothing, one is first
     moving = np.delete(seen[:12, :6], [0, 5, 6], 0)
     np.testing.assert_allclose(rows["state"].numpy(), moving, atol=2e-3)
@@ -427,7 +429,7 @@ def test_spoiled_demos_get_one_line(recorded, tmp_path, spoil, words):
         with h5py.File(file, "a") as content:
             del content["data/demo_0/obs"]
     with pytest.raises(SystemExit) as error:
-        libero.recorded_demos("libero_object", [task], file, 1, False, "rgb", 128)
+        libero_demos.recorded_demos("libero_object", [task], file, 1, False, "rgb", 128)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 

@@ -24,10 +24,10 @@ def test_a_change_fits_the_code_and_the_exercise_is_on_the_page(attempt):
     assert re.search(rf"^\| {attempt.exercise} \|", README, re.M)
 
 
-def test_every_answer_has_an_exercise_and_its_numbers():
+def test_the_answers_are_those_of_all_tries_in_their_order():
     rows = exercises.read(exercises.TABLE)
-    assert {int(row["exercise"]) for row in rows} == set(range(1, 16))
-    assert all(0 <= float(row["success"]) <= 1 for row in rows)
+    assert [(row["exercise"], row["what"]) for row in rows] == [
+        (str(attempt.exercise), attempt.what) for attempt in exercises.TRIES]
 
 
 def test_an_entry_is_a_script_like_03_and_other_seeds_do_not_count(tmp_path, monkeypatch):
@@ -38,6 +38,8 @@ def test_an_entry_is_a_script_like_03_and_other_seeds_do_not_count(tmp_path, mon
     assert (told["valid"], told["episodes"]) == ("no", 64) and 0 < told["success"] < 0.9
     row, = exercises.read(tmp_path / "entries.csv")
     assert (row["name"], row["valid"], row["seeds"]) == ("short", "no", "300")
+    assert float(row["each"]) == pytest.approx(told["success"], abs=6e-4)
+    assert not (tmp_path / "runs").exists()  # the clone is where the entry looks for it
     with pytest.raises(SystemExit, match="results/study.py --seed 300 is no entry"):
         challenge.run(["results/study.py"], 300)
 

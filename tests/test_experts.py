@@ -21,7 +21,7 @@ def rows_of(tmp_path, *flags):
 
 @pytest.mark.sim
 def test_two_tasks_of_libero(tmp_path, monkeypatch):
-    monkeypatch.setattr(experts.libero, "OFFICIAL", 2)
+    monkeypatch.setattr(experts.libero, "NUM_OFFICIAL", 2)
     out, rows = rows_of(tmp_path, "libero", "--suite", "libero_object", "--tasks", 9, 0)
     assert [(row["suite"], row["task"], row["episodes"], row["success"], row["max_steps"])
             for row in rows] == [("libero_object", task, "2", "1.0", "280") for task in "09"]
@@ -61,3 +61,8 @@ def test_a_task_of_maniskill_and_its_variants(tmp_path, monkeypatch):
 ])
 def test_a_wrong_call_is_told_in_one_line(flags, told):
     assert told in wrong_call("experts.py", *flags)
+
+
+def test_the_help_of_a_world_names_it():
+    code, told, _ = run_main("experts.py", "libero", "--help")
+    assert code == 0 and told.startswith("usage: experts.py libero ") and "--suite" in told

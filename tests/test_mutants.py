@@ -66,9 +66,12 @@ WORKER_TESTS = (
 PPO_TESTS = (
     t5.test_the_first_ppo_step_is_the_policy_gradient,
     t5.test_later_ppo_steps_are_the_gradient_of_the_clipped_objective,
-    t5.test_ppo_clips_and_its_critic_does_not_train_the_encoder,
     t5.test_the_critics_loss_is_that_of_its_returns,
+    t5.test_too_far_from_the_old_policy_the_policy_rests_and_the_critic_goes_on,
+    t5.test_too_far_from_the_old_policy_grpo_stops,
+    t5.test_an_action_dim_that_hardly_moves_in_the_demos_earns_no_credit,
     t5.test_the_critics_gradient_does_not_shorten_the_policys,
+    t5.test_ppo_clips_and_its_critic_does_not_train_the_encoder,
 )
 
 # (module, function, the tests that watch it): [(what is wrong, the code, the mistake), ...]
@@ -298,7 +301,7 @@ MUTANTS = {
         ("long chunks weigh more than short ones",
          "executed_mean(F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)), mask)",
          "(F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)) * mask).sum() / mask.sum()"),
-        ("kl_weight is ignored", "kl_weight * executed", "0 * executed"),
+        ("kl_weight is ignored", "kl_weight * pull", "0 * pull"),
         ("actions that were not executed pull, too",
          "executed_mean((v_theta - v_old).pow(2).mean(-1), mask)",
          "(v_theta - v_old).pow(2).mean()"),
@@ -450,7 +453,13 @@ MUTANTS = {
          "log_prob(v_old, **steps) - log_prob(v_theta, **steps)"),
         ("the critic learns advantages, not returns", 'for name in ("elapsed", "returns")',
          'for name in ("elapsed", "y")'),
-        ("the critic is never trained", 'loss = loss + info["value_loss"]', "pass"),
+        ("the critic is never trained", 'loss + info["value_loss"]',
+         'loss + 0 * info["value_loss"]'),
+        ("the policy never rests", "resting or bool(", "False and bool("),
+        ("GRPO does not stop", "if resting and not critic:",
+         "resting = resting and bool(critic)\n            if False:"),
+        ("action dims that hardly move are credited, too",
+         "credited(policy, v_theta, v_old)", "credited(policy, v_theta, v_theta)"),
         ("the critic's gradient shortens the policy's",
          "nft.optimise(policy, optimizer,",
          "nft.optimise(nn.ModuleList([policy, critic or policy]), optimizer,"),

@@ -3,6 +3,7 @@ that the page's table is what the rows say. results/filtered_bc.py: only success
 
 import importlib
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +14,11 @@ from conftest import ROOT, result_line, run_script, wrong_call
 
 sys.path.insert(0, str(ROOT / "results"))
 protocol, filtered_bc, study = map(importlib.import_module, ("protocol", "filtered_bc", "study"))
-flow, robot = filtered_bc.flow, filtered_bc.robot
+flow, nft, robot = filtered_bc.flow, filtered_bc.nft, filtered_bc.robot
+libero = protocol.libero
 
 
-def row_of(seed, policy, task, success, episodes=50, starts=protocol.OFFICIAL):
+def row_of(seed, policy, task, success, episodes=50, starts=libero.OFFICIAL_STARTS):
     return {"suite": "libero_goal", "seed": seed, "demos": "1", "method": "stepnft",
             "tested": "libero_goal", "starts": starts, "task": task, "policy": policy,
             "episodes": str(episodes), "success": str(success)}
@@ -60,10 +62,51 @@ def test_every_run_has_the_same_flags_and_they_are_those_of_04(monkeypatch, tmp_
     assert len(seen) == 1
 
 
-def test_the_table_of_the_page_is_what_the_rows_say(tmp_path):
+def test_the_tables_of_the_page_are_what_the_rows_say(tmp_path):
     out = ROOT / "results/04_train_libero"
-    protocol.write(out / "protocol.csv", tmp_path / "again.csv")
-    assert (tmp_path / "again.csv").read_text() == (out / "protocol_suites.csv").read_text()
+    protocol.write(study.read(out / "protocol.csv"), tmp_path)
+    for name in ("protocol_suites.csv", "protocol_tasks.csv"):
+        assert (tmp_path / name).read_text() == (out / name).read_text()
+
+
+def test_a_tasks_row_has_the_episodes_that_were_played():
+    rows = [{**row_of("0", policy, "3", rate, 20), "suite": "libero_object",
+             "tested": "libero_object"} for policy, rate in (("SFT", 0.5), ("pi-StepNFT", 0.75))]
+    row, = protocol.task_rows(rows)
+    assert (row["task"], row["episodes"], row["sft"], row["after"]) == ("3", "20", "0.5", "0.75")
+
+
+def test_a_test_out_of_distribution_leaves_that_of_the_run_alone(monkeypatch, tmp_path):
+    """04 is played by a function. A run that was cut goes on; rows of a test that was cut go."""
+    commands, job = [], protocol.all_jobs()[0]
+
+    def played(command):
+        commands.append(command)
+        out = Path(command.split("--out ")[1])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.csv").touch()
+        suites = ("libero_object_lan",) if "--eval-only" in command else ("libero_object",)
+        for suite in suites:
+            nft.log_row(out / "test.csv", {"policy": "SFT", "suite": suite, "task": 0, "starts":
+                                           libero.OFFICIAL_STARTS, "episodes": 2, "success": 0.5})
+
+    monkeypatch.setattr(protocol, "call", played)
+    folder = tmp_path / protocol.name_of(job)
+    rows = protocol.run(job, tmp_path, tmp_path / "curves")
+    own = (folder / "test.csv").read_text()
+    assert [(row["tested"], row["policy"]) for row in rows] == [
+        ("libero_object", "SFT"), ("libero_object_lan", "SFT"), ("libero_object_lan", "pi-StepNFT")]
+    assert "libero_object_lan" not in own and "--resume" not in commands[0]
+    (folder / "last.pt").touch()
+    (folder / "test.csv").unlink()                        # 04 writes it anew
+    assert protocol.run(job, tmp_path, tmp_path / "curves") == rows
+    assert commands[3] == f"04_train_libero.py --resume --out {folder}"
+    assert (folder / "test.csv").read_text() == own
+
+
+def test_a_run_that_fails_is_named_in_one_line(capfd):
+    with pytest.raises(SystemExit, match="01_flow_policy.py --nonsense$"):
+        protocol.call("01_flow_policy.py --nonsense")
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -98,6 +141,11 @@ def test_filtered_cloning_learns_from_successes_alone():
     assert all(torch.equal(a, b) for a, b in zip(weights, policy.parameters()))
 
 
+def test_its_help_is_its_own(tmp_path):
+    done = run_script("results/filtered_bc.py", "--help", cwd=tmp_path)
+    assert "Filtered behaviour cloning" in done.stdout
+
+
 @pytest.mark.sim
 def test_filtered_cloning_runs_as_04_does(tmp_path):
     args = robot.parse_args(["--out", str(tmp_path)])
@@ -107,8 +155,8 @@ def test_filtered_cloning_runs_as_04_does(tmp_path):
     done = run_script("results/filtered_bc.py", *(
         "--sft clone.pt --iterations 1 --episodes 8 --max-steps 4 --test-max-steps 4 --num-envs 1 "
         "--test-states 1 --test-episodes 1 --eval-episodes 1 --out run").split(), cwd=tmp_path)
-    assert "stepnft" in result_line(done)
+    assert {"sft", "filtered_bc"} < result_line(done).keys()
     rows = study.read(tmp_path / "run/test.csv")
     assert [(row["policy"], row["starts"], row["episodes"]) for row in rows] == [
-        (policy, starts, "1") for starts in (protocol.OFFICIAL, "random placements")
+        (policy, starts, "1") for starts in (libero.OFFICIAL_STARTS, "random placements")
         for policy in ("SFT", "filtered BC")]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from conftest import ROOT
 
@@ -21,8 +22,8 @@ README = PAGES["README.md"]
 REPORTS = sorted(set(PAGES) - {"README.md", "results/benchmark_width/README.md"})
 SCRIPTS = sorted(path.name for path in ROOT.glob("0*.py"))
 OTHERS = [f"results/{name}.py" for name in (
-    "ablations", "challenge", "exercises", "experts", "figures", "mechanism", "notebooks", "pi0",
-    "pixel_gap", "protocol")]
+    "ablations", "challenge", "exercises", "experts", "figures", "libero_failures", "mechanism",
+    "notebooks", "pi0", "pixel_gap", "protocol")]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -219,51 +220,51 @@ def test_the_mean_of_the_toy_by_hand():
                                    for name in ("sft", "stepnft")], abs=6e-4)
 
 
-def paired(path, after, before):
-    """Mean, low and high of a difference of success in points: two sets of rows, named by their
-    entries, with eight seeds. 2.3646: t of seven degrees of freedom, 0.975."""
-    rows = tables.read(ROOT / path)
-    values = [{row["seed"]: 100 * float(row["after"]) for row in rows
-               if names.items() <= row.items()} for names in (after, before)]
-    gains = [values[0][seed] - values[1][seed] for seed in map(str, range(8))]
-    mean, half = np.mean(gains), 2.3646 * np.std(gains, ddof=1) / 8**0.5
-    return f"{mean:+.1f}", f"{mean - half:+.1f}", f"{mean + half:+.1f}"
+def ends(path, **entries):
+    """Success by seed, of the rows of a csv in results/ablations with these entries."""
+    return {row["seed"]: float(row["after"]) for row in tables.read(
+        ROOT / f"results/ablations/{path}.csv") if entries.items() <= row.items()}
+
+
+def less(after, before):
+    return {seed: after[seed] - before[seed] for seed in after}
+
+
+def told(gains, seeds=8):
+    """{seed: gain} -> as a page has it, in points: the mean with scipy's interval."""
+    gains = list(gains.values())
+    low, high = stats.ttest_1samp(gains, 0).confidence_interval()
+    assert len(gains) == seeds
+    return f"{100 * np.mean(gains):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def test_the_title_by_hand():
     report = PAGES["results/ablations/README.md"]
-    for noise in ("0.1", "0.5"):
-        found = paired("results/ablations/phase.csv", *(
-            {"target": target, "noise_level": noise} for target in ("next", "endpoint")))
-        toy, _ = [text for text in report.split("\n") if text.startswith("| next step - endpoint")]
-        assert "{} [{},&nbsp;{}]".format(*found) in toy                # the other is PickCube's
-    assert "{} [{}, {}]".format(*found) in README
+    toy, _ = [text for text in report.split("\n") if text.startswith("| next step - endpoint")]
+    for noise in ("0.1", "0.5"):                                       # the other is PickCube's
+        found = told(less(*(ends("phase", target=target, noise_level=noise)
+                            for target in ("next", "endpoint"))))
+        assert found.replace(", ", ",&nbsp;") in toy
+    assert found in README
+
+
+def test_centred_labels_by_hand():
+    """The next step's lead with them, by how much it shrinks beside the untuned and the tuned arms,
+    the tuned endpoint's lift, and all twelve seeds of labels-grouped and of noise-0.5."""
+    report = PAGES["results/ablations/README.md"]
     for noise in ("0.5", "0.2"):
-        found = paired("results/ablations/centred.csv", *(
-            {"target": target, "noise_level": noise, "group_size": "8"}
-            for target in ("next", "endpoint")))
-        assert "{} [{}, {}]".format(*found) in report
-
-
-def test_ood_numbers_by_hand():
-    """PutOnPad: pooled rates in distribution, and the paired difference to PPO out of it."""
-    rows = tables.read(ROOT / "results/05_train_maniskill/ood.csv")
-    report = PAGES["results/05_train_maniskill/README.md"]
-    told = []
-    for policy in ("SFT", "ppo", "stepnft"):
-        own = [row for row in rows if (row["policy"], row["axis"]) == (policy, "in-distribution")]
-        won = sum(round(float(row["success"]) * int(row["episodes"])) for row in own)
-        told.append(f"{won / sum(int(row['episodes']) for row in own):.3f}"[1:])
-    assert "SFT {}, PPO {}, π-StepNFT {}".format(*told) in " ".join(report.split())
-
-    def ood(policy, seed):
-        return np.mean([np.mean([float(row["success"]) for row in rows if (
-            row["policy"], row["seed"], row["axis"]) == (policy, seed, axis)])
-            for axis in ("vision", "semantic", "execution")])
-
-    gains = [100 * (ood("stepnft", seed) - ood("ppo", seed)) for seed in "012"]
-    half = 4.3027 * np.std(gains, ddof=1) / 3**0.5            # t of two degrees of freedom, 0.975
-    assert f"{np.mean(gains):+.1f} ± {half:.1f}" in report
+        one, group, tuned = ({target: ends(path, target=target, noise_level=noise, **size)
+                              for target in ("next", "endpoint")} for path, size in (
+            ("centred", {"group_size": "1"}), ("centred", {"group_size": "8"}), ("phase", {})))
+        lead = [less(arm["next"], arm["endpoint"]) for arm in (group, one, tuned)]
+        assert told(lead[0]) in report
+        assert told(less(lead[1], lead[0])) in report and told(less(lead[2], lead[0])) in report
+        assert noise == "0.2" or told(less(group["endpoint"], tuned["endpoint"])) in report
+    twelve = {name: ends("ablations", variant=name) | ends("ablations_tuning", variant=name, lr=lr)
+              for name, lr in (("default", "0.001"), ("noise-0.5", "0.001"),
+                               ("labels-grouped", "0.0003"))}
+    for name in ("noise-0.5", "labels-grouped"):
+        assert told(less(twelve[name], twelve["default"]), 12) in report
 
 
 def test_a_changed_number_would_be_noticed():
@@ -339,25 +340,6 @@ def test_the_block_that_brings_a_world_trains_in_it(tmp_path, monkeypatch, capsy
                           np.random.default_rng(5).uniform(-1, 1, 2).astype(np.float32))
 
 
-def test_the_ood_bars_average_over_variants_and_axes(tmp_path, monkeypatch, capsys):
-    rates = {"in-distribution": (0.9,), "vision": (0.8, 0.6), "semantic": (0.5,),
-             "execution": (0.2, 0.3, 0.4)}
-    lines = ["policy,seed,axis,variant,episodes,success,low,high"]
-    for policy, lift in (("SFT", 0.0), ("PPO", 0.02), ("pi-StepNFT", 0.05)):
-        lines += [f"{policy},{seed},{axis},v{i},100,{rate + lift},{rate - 0.1},{rate + 0.1}"
-                  for seed in (0, 1) for axis, values in rates.items()
-                  for i, rate in enumerate(values)]
-    (tmp_path / "ood.csv").write_text("\n".join(lines))
-    rows = {(row[0], row[1], row[2]): row[3:] for row in figures.ood_rows(tmp_path / "ood.csv")}
-    for axis, values in rates.items():
-        mean, low, high = rows[axis, "1", "pi-StepNFT"]
-        assert mean == pytest.approx(np.mean(values) + 0.05) and low < mean < high
-    assert rows["OOD mean", "0", "SFT"][0] == pytest.approx((0.7 + 0.5 + 0.3) / 3)
-    monkeypatch.setattr(figures, "DRAWN", tmp_path)
-    figures.ood(tmp_path / "ood.csv")
-    assert (tmp_path / "ood.png").stat().st_size > 10_000
-
-
 def test_a_missing_table_is_skipped_with_a_line(tmp_path, capsys):
-    figures.ood(tmp_path / "ood.csv")
-    assert "skipped ood" in capsys.readouterr().out
+    figures.phase(tmp_path)
+    assert "skipped phase" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 import sys
 
 import numpy as np
@@ -42,6 +43,29 @@ def test_a_job_may_have_a_row_for_each_point_of_a_curve(tmp_path):
     for _ in range(2):
         study.collect(jobs_of([5]), lambda job: [{"t": t, "y": t * job["x"]} for t in (1, 2)], path)
     assert study.read(path) == [{"x": "5", "t": "1", "y": "5"}, {"x": "5", "t": "2", "y": "10"}]
+
+
+def test_a_job_that_is_stopped_while_its_rows_are_written_leaves_none(tmp_path):
+    """A half-written curve would count as done."""
+    class Stop:
+        def __str__(self):
+            raise KeyboardInterrupt
+
+    path = tmp_path / "a.csv"
+    study.collect(jobs_of([5]), lambda job: [{"y": 0.123456}], path)
+    before = path.read_text()
+    with pytest.raises(SystemExit, match="goes on"):
+        study.collect(jobs_of([6]), lambda job: [{"y": 1}, {"y": Stop()}], path)
+    assert path.read_text() == before == "x,y\n5,0.12346\n"
+    study.collect(jobs_of([6]), lambda job: [{"y": 1}, {"y": 2}], path)
+    assert [(row["x"], row["y"]) for row in study.read(path)] == [
+        ("5", "0.12346"), ("6", "1"), ("6", "2")]
+
+
+def test_cores_are_counted_where_no_limit_can_be_asked_for(monkeypatch):
+    assert 1 <= study.cores() <= os.cpu_count()
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert study.cores() == os.cpu_count()
 
 
 def test_settings_are_found_again_as_the_csv_writes_them(tmp_path):

@@ -1,0 +1,54 @@
+"""results/libero_failures.py: what a path of states is called, and a run on the simulator."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, result_line, run_script, wrong_call
+
+sys.path.insert(0, str(ROOT / "results"))
+failures, study = map(importlib.import_module, ("libero_failures", "study"))
+robot = failures.robot
+
+
+def path(heights, distances):
+    """States of a hand that rises with the thing it holds and nears a goal on the table."""
+    states = np.zeros((len(heights), 18))
+    states[:, :3] = [0.1, 0.2, 1.0]
+    states[:, 6:9] = [0.01, 0, -0.1]
+    states[:, 2] += heights
+    states[:, 12] = 0.01 + np.asarray(distances)
+    states[:, 14] = -0.1 - np.asarray(heights)
+    return states
+
+
+@pytest.mark.parametrize("heights, distances, fate", [
+    ([0, 0.02, 0.02], [0.3, 0.01, 0.01], "missed"),       # pushed to the goal, never raised
+    ([0, 0.10, 0], [0.3, 0.2, 0.01], "dropped"),          # it fell, and rolled there
+    ([0, 0.10, 0.1], [0.3, 0.2, 0.04], "late")])
+def test_what_became_of_the_thing(heights, distances, fate):
+    assert failures.fate(path(heights, distances), False) == fate
+    assert failures.fate(path(heights, distances), True) == "success"
+
+
+def test_a_wrong_call_is_told_in_one_line(tmp_path):
+    assert "no such file" in wrong_call("libero_failures.py", str(tmp_path / "none.pt"))
+
+
+@pytest.mark.sim
+def test_a_row_for_each_task_and_noise(tmp_path):
+    args = robot.parse_args(["--tasks", "0", "1", "--out", str(tmp_path)])
+    policy = robot.make_policy(args)
+    policy.fit_normalisation({"state": torch.randn(9, args.state_dim)}, torch.rand(9, 1, 7))
+    robot.save(tmp_path / "clone.pt", policy, args)
+    done = run_script("results/libero_failures.py", "clone.pt", "--episodes", "1", "--num-envs",
+                      "1", "--out", "found/rows.csv", cwd=tmp_path)
+    assert result_line(done)["rows"] == "4"
+    rows = study.read(tmp_path / "found/rows.csv")
+    assert [(row["noise_level"], row["task"]) for row in rows] == [
+        ("0", "0"), ("0", "1"), ("0.5", "0"), ("0.5", "1")]
+    assert all(sum(float(row[kind]) for kind in ("success", "missed", "dropped", "late")) == 1
+               for row in rows)
