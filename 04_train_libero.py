@@ -4,7 +4,7 @@ The method of 03 on the benchmark of the paper: pick and place with a Panda arm.
 controller (or LIBERO's recorded files) gives a few demonstrations, flow matching clones them (SFT),
 and reinforcement learning lifts the clone:
 
-    explore (02) -> label by success -> update (03: one-step ranking) -> EMA -> evaluate
+    explore (03, the sampler of 02) -> label by success -> update (one-step ranking) -> EMA
 
 New since 03: a policy that sees images and reads a sentence, demonstrations, tests in and out of
 distribution; a run that can stop and go on, and several GPUs (tools/). The simulators live in
@@ -482,8 +482,8 @@ def parse_args(argv=None, doc=__doc__):
                      f"the tasks {able}; give --demos PATH")
     if not scripted and demos_wanted and not Path(args.demos).exists():
         parser.error(f"--demos {args.demos}: no such file or folder")
-    # Training on scripted demos, 58 to 188 steps on average, stops sooner than the test: failures
-    # cost most time. Slow tasks are cut: libero_spatial's task 5 takes 145, and gets 160.
+    # In training an episode may end sooner than in the test, as failures cost most time. Scripts of
+    # the protocol take 58 to 188 steps on average; one of 145 gets 160 (libero_spatial, task 5).
     test_limit = args.test_max_steps or libero.time_limit(args.suite)
     args.max_steps = args.max_steps or (max(160, test_limit // 2) if scripted else test_limit)
     args.state_dim = libero.state_size(args.suite, args.obs)

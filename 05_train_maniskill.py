@@ -47,7 +47,7 @@ flow, sde, nft, robot = map(importlib.import_module, (
 
 
 def one_noisy_step(policy, num_steps, noise_level):
-    """An `act` for a world's `play`: like `explore` of 03 with noise in one random step, k (1,)."""
+    """An `act` for a world's `play`: `explore` of 03 with noise in one random step, k (B, 1)."""
     def act(obs):
         obs = flow.to_device(obs, policy)
         k = torch.randint(num_steps, (len(obs["state"]), 1), device=obs["state"].device)

@@ -12,7 +12,8 @@ end sooner (--max-steps of 04).
 Removed: the share of the clone's failures that are gone after RL, (after - before) / (1 - before).
 
 Run:     python results/protocol.py                          (13 runs, half an hour each, two cores)
-         python results/protocol.py --suite libero_goal --demos 1 --seed 2    (one of them again)
+         python results/protocol.py --suite libero_goal --seed 0 --out runs/again --runs runs/again
+                                                      (one of them again, from nothing)
          python results/protocol.py --summary                (no runs: the numbers, from the rows)
 Saves:   results/04_train_libero/protocol.csv, a row for each task, policy and kind of start;
          protocol_suites.csv and protocol_tasks.csv, what the page tells, computed from it;
