@@ -360,12 +360,12 @@ def make_world(args, suite=None, demo_noise=None, test=False, film=None):
     """The simulators. With demo_noise they also observe the expert's action. test: with the test's
     time limit; film: a folder."""
     suite = suite or args.suite
-    test_limit = args.test_max_steps or libero.time_limit(suite)
+    limit = (args.test_max_steps or libero.time_limit(suite)) if test else args.max_steps
     return libero.make_workers(
         suite, args.tasks, min(args.num_envs, args.video) if film else args.num_envs,
         obs=args.obs, state_dim=args.state_dim, horizon=args.horizon,
         action_repeat=args.action_repeat, demo_noise=demo_noise, image_size=args.image_size,
-        max_steps=test_limit if test else args.max_steps, gl=args.gl, film=film)
+        max_steps=limit, gl=args.gl, film=film)
 
 
 def policy_config(args):

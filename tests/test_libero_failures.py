@@ -46,7 +46,7 @@ def test_a_row_for_each_task_and_noise(tmp_path):
     robot.save(tmp_path / "clone.pt", policy, args)
     done = run_script("results/libero_failures.py", "clone.pt", "--episodes", "1", "--num-envs",
                       "1", "--out", "found/rows.csv", cwd=tmp_path)
-    assert result_line(done)["rows"] == "4"
+    assert result_line(done)["rows"] == 4
     rows = study.read(tmp_path / "found/rows.csv")
     assert [(row["noise_level"], row["task"]) for row in rows] == [
         ("0", "0"), ("0", "1"), ("0.5", "0"), ("0.5", "1")]
