@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 # Shapes: B batch, H actions per chunk, A action dims, K denoising steps, S state dims, N rows of a
-# data set or episodes at once, T steps of a demo. "Flow units": normalised actions, as the flow's.
+# data set or episodes at once, T steps of a demo. "Flow units": normalised actions.
 # ------------------------------------------------------------------------------------------------
 # The policy: encode the observation once, then ask for a velocity at any (x_t, t)
 

@@ -1,9 +1,9 @@
 """02 - Wider space: noise in every denoising step.
 
-The ODE of 01 tries only what the demos did. So here every step draws noise, and a shift of its
-mean, the correction, takes back what noise alone would blur: if steps are fine, all of it. With
-K = 4 they are coarse, and chunks come out wider: the exploration. The correction in two lines, with
-dt = t - t_next, and x0_hat = x_t - t v, x1_hat = x_t + (1 - t) v the lines' mean ends given x_t:
+The ODE of 01 tries only what the demos did. So every step here draws noise, and a shift of its
+mean, the correction, takes back what noise alone would blur: all of it if steps are fine. With
+K = 4 they are coarse, and chunks come out wider: the exploration. The correction in two lines,
+with dt = t - t_next, x0_hat = x_t - t v, x1_hat = x_t + (1 - t) v, the mean ends of 01's lines:
 
 (1) noise of variance sigma^2 dt spreads the density as a drift of -sigma^2 dt / 2 * score would
     (Fokker-Planck; score: the gradient of log p(x_t)), so the mean must add sigma^2 dt / 2 * score;

@@ -16,10 +16,9 @@ squares cancel), so the slope is bounded and fades as the branch that should win
 
     world.play(explore(old)): old acts, with noise -> labels -> update: the loss -> ema_update
 
-New since 02: the loss, the EMA (exponential moving average) by which the acting policy `old`
-follows the trained one, ever more slowly, the iteration. `--target endpoint` asks which branch
-explains the end of the path, x_0, instead (DiffusionNFT). Left out of the paper's code: 32 padded
-action dims, and an off-by-one that calls an episode which succeeds in its last chunk a failure.
+New since 02: the loss, the iteration, and the EMA (exponential moving average) by which the acting
+policy `old` follows the trained one. `--target endpoint` asks which branch explains the end of the
+path, x_0, instead (DiffusionNFT). Unlike in the paper's code, a success in the last chunk counts.
 
 Run:     python 03_step_loss.py            (about 25 s on one CPU core, SFT included)
 Prints:  success so far beside the progress bar, then RESULT before (sft) and after (stepnft).
@@ -94,11 +93,10 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
     # L = softplus(dpo_beta / 2 * y * (E_pos - E_neg))
     loss = executed_mean(F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)), mask)
     with torch.no_grad():
-        drift = (v_theta - v_old).norm(dim=-1)
-        margin, count = y * (E_neg - E_pos), mask.sum().clamp(min=1)
+        drift, margin = (v_theta - v_old).norm(dim=-1), y * (E_neg - E_pos)       # (B, H)
         info = {"rank_accuracy": margin > 0, "margin": margin, "drift": drift,
                 "clipped": drift > max_drift}
-        info = {name: (value * mask).sum() / count for name, value in info.items()}
+        info = {name: (z * mask).sum() / mask.sum().clamp(min=1) for name, z in info.items()}
     pull = executed_mean((v_theta - v_old).pow(2).mean(-1), mask)  # a KL would weigh it by t
     return loss + kl_weight * pull, {"loss": loss.detach(), **info}
 

@@ -86,6 +86,7 @@ def empty(source, names):
         first = node.body[0]
         has_spec = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
         begin = first.end_lineno if has_spec else first.lineno - 1
+        # not a gap of this repo: the place where the student writes
         lines[begin:node.end_lineno] = ["    raise NotImplementedError\n"]
     return "".join(lines)
 

@@ -307,10 +307,10 @@ MUTANTS = {
          "(v_theta - v_old).pow(2).mean()"),
         ("the pull is on v_pos, not on v_theta",
          "(v_theta - v_old).pow(2)", "(v_pos - v_old).pow(2)"),
-        ("margin ignores y", "margin, count = y *", "margin, count = 1 *"),
+        ("margin ignores y", "y * (E_neg - E_pos)", "1 * (E_neg - E_pos)"),
         ("clipped counts those that are not clipped", "drift > max_drift", "drift < max_drift"),
         ("metrics count actions that were not executed",
-         "(value * mask).sum() / count", "value.float().mean()"),
+         "(z * mask).sum() / mask.sum().clamp(min=1)", "z.float().mean()"),
     ],
     (loss, "executed_mean", (t3.test_the_executed_mean_is_the_slow_one, *LOSS_TESTS)): [
         ("the mask is ignored", "(values * mask).sum(-1)", "values.sum(-1)"),
