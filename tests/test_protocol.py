@@ -69,11 +69,14 @@ def test_the_tables_of_the_page_are_what_the_rows_say(tmp_path):
         assert (tmp_path / name).read_text() == (out / name).read_text()
 
 
-def test_a_tasks_row_has_the_episodes_that_were_played():
-    rows = [{**row_of("0", policy, "3", rate, 20), "suite": "libero_object",
-             "tested": "libero_object"} for policy, rate in (("SFT", 0.5), ("pi-StepNFT", 0.75))]
-    row, = protocol.task_rows(rows)
-    assert (row["task"], row["episodes"], row["sft"], row["after"]) == ("3", "20", "0.5", "0.75")
+def test_a_tasks_row_has_every_seed_in_order():
+    rows = [row_of(seed, policy, "8", rate) for seed, policy, rate in (
+        ("10", "SFT", 0.3), ("2", "SFT", 0.5), ("2", "pi-StepNFT", 0.75), ("10", "pi-StepNFT", 1))]
+    row, = protocol.task_rows([*rows, {**rows[0], "demos": "2"}, {**rows[0], "tested": "other"},
+                               {**rows[0], "starts": "random placements"}])
+    assert row == {"suite": "libero_goal", "task": "8", "instruction": "put the bowl on the plate",
+                   "seeds": 2, "sft": 0.4, "sft_each": "0.50, 0.30",
+                   "after": 0.875, "after_each": "0.75, 1.00"}
 
 
 def test_a_test_out_of_distribution_leaves_that_of_the_run_alone(monkeypatch, tmp_path):
