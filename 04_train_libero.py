@@ -245,7 +245,9 @@ def train(args, sft, world, method, start_seeds, validate):
         torch.manual_seed(int(flow.episode_seeds("train", 1, args.seed, i)[0]) + rank_of()[0])
         print(f"iteration {i + 1}/{args.iterations}", flush=True)
         success, batch = world.play(method.explore(old), share(start_seeds(i)))
-        played = time.time()
+        played, won = time.time(), gather(success).mean()
+        if not won:
+            print("no episode succeeded, so there is nothing to repeat: more --num-demos may help")
         optimizer.param_groups[0]["lr"] = args.lr * (1 - i / args.iterations)  # smaller steps late
         info = method.learn(policy, optimizer, batch, success)
         alpha = method.decay(i)
@@ -258,7 +260,7 @@ def train(args, sft, world, method, start_seeds, validate):
             rate = validate(policy, f"iteration {i + 1}")
         nft.log_row(args.out / "log.csv", {  # under torchrun `info`, loss and so on, is of rank 0
             "iteration": i + 1, "episodes": (i + 1) * args.episodes,
-            "env_steps": state["env_steps"], "train_sde": gather(success).mean(),
+            "env_steps": state["env_steps"], "train_sde": won,
             "eval_ode": rate, **info, "alpha": alpha, "rollout_seconds": played - start,
             "update_seconds": updated - played})
         save(args.out / "last.pt", policy, args, state=state,

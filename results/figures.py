@@ -282,7 +282,7 @@ def libero(folder, runs, title, name):
 
 def libero_protocol(folder):
     """Success before and after, official states, a dot for each seed (rows of protocol.csv): in
-    every suite and in LIBERO-PRO's variants; and on libero_object with more demonstrations."""
+    every suite and in LIBERO-PRO's variants; right: libero_object from more demonstrations."""
     runs = collections.defaultdict(list)  # (suite played, demos, seed, policy) -> its tasks
     for row in read(folder / "protocol.csv"):
         if row["starts"] == robot.libero.OFFICIAL_STARTS and row["method"] == "stepnft":
@@ -292,19 +292,23 @@ def libero_protocol(folder):
             for (suite, demos, seed, policy), tasks in runs.items()]
     # the variants, which have one more _, last
     suites = sorted(dict.fromkeys(row[0] for row in rows), key=lambda suite: suite.count("_"))
-    fig, ax = plt.subplots(figsize=(9.6, 3))
-    draw_before_after(ax, [(suite, *rest) for suite, demos, *rest in rows if demos == 1], suites)
-    ax.set_xticks(range(len(suites)), [
-        suite.removeprefix("libero_").replace("object_", "object\n_") for suite in suites])
-    save(fig, "libero_protocol")
+    few = {suite: min(demos for name, demos, *_ in rows if name == suite) for suite in suites}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3), width_ratios=(3, 1))
+    draw_before_after(left, [(suite, *rest) for suite, demos, *rest in rows
+                             if demos == few[suite]], suites)
+    names = [suite.removeprefix("libero_").replace("object_", "object\n_") +
+             (f"\n{few[suite]} demos" if few[suite] > 1 else "") for suite in suites]
+    left.set_xticks(range(len(suites)), names)
     shots = sorted({demos for suite, demos, *_ in rows if suite == "libero_object"})
-    if len(shots) == 1:
-        return skipped("libero_shots", "04_train_libero/protocol.csv with 2 and 5 demonstrations")
-    fig, ax = plt.subplots(figsize=(4.8, 3))
-    draw_before_after(ax, [(demos, *rest) for suite, demos, *rest in rows
-                           if suite == "libero_object"], shots)
-    ax.set_xlabel("demonstrations a task")
-    save(fig, "libero_shots")
+    for policy in dict.fromkeys(row[3] for row in rows):
+        color = POLICY_COLORS[NAMES.get(policy, policy)]
+        each = [[row[4] for row in rows if (row[0], row[1], row[3])
+                 == ("libero_object", demos, policy)] for demos in shots]
+        right.plot(shots, [np.mean(own) for own in each], color=color)
+        for demos, own in zip(shots, each):
+            right.plot([demos] * len(own), own, "o", ms=4, color=color)
+    right.set(ylim=(0, 1.05), xlabel="demonstrations a task, libero_object", xticks=shots)
+    save(fig, "libero_protocol")
 
 
 def rated(won, episodes):

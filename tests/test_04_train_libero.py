@@ -854,13 +854,14 @@ def test_ranks_that_cannot_share_get_one_line(flags, words, monkeypatch):
 @sim
 def test_rgb_from_recorded_demos_to_evaluation_and_film(recorded, tmp_path, gl, monkeypatch):
     monkeypatch.setattr(libero, "NUM_OFFICIAL", 1)
-    result, _ = ran(*"--obs rgb --image-size 48 --sft-steps 3 --episodes 8 --iterations 1 "
-                    "--max-steps 4 --test-max-steps 4 --eval-episodes 1 --eval-every 1 "
-                    "--num-envs 1 --test-episodes 1 --video 1".split(),
-                    "--demos", recorded[0], "--out", tmp_path / "new")
+    result, told = ran(*"--obs rgb --image-size 48 --sft-steps 3 --episodes 8 --iterations 1 "
+                       "--max-steps 4 --test-max-steps 4 --eval-episodes 1 --eval-every 1 "
+                       "--num-envs 1 --test-episodes 1 --video 1".split(),
+                       "--demos", recorded[0], "--out", tmp_path / "new")
     assert result.keys() >= {"sft", "stepnft"}
     log, = log_of(tmp_path / "new")
     assert log["env_steps"] == "32" and 0 < float(log["loss"]) < 2
+    assert log["train_sde"] == "0.0" and "no episode succeeded" in told  # in four control steps
     film, = (tmp_path / "new" / "videos").iterdir()
     assert film.name.startswith("task0_") and film.suffix == ".mp4" and film.stat().st_size > 1000
     policy = robot.load_policy(tmp_path / "new" / "last.pt")
