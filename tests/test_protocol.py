@@ -40,6 +40,19 @@ def test_the_share_of_failures_removed_is_of_each_seed_and_then_averaged():
     assert alone["removed"] == pytest.approx(0.8) and np.isnan(alone["removed_low"])
 
 
+def test_the_average_takes_each_suite_once_from_its_fewest_demonstrations():
+    """.5 and .9 before, .9 and 1 after: .7 -> .95, five sixths of the failures."""
+    suites = [{"suite": suite, "tested": tested, "demos": demos, "method": method, "tasks": 3,
+               "sft": before, "after": after} for suite, tested, demos, method, before, after in (
+        ("one", "one", "1", "stepnft", 0.5, 0.9), ("one", "one", "2", "stepnft", 0.8, 1.0),
+        ("two", "two", "5", "stepnft", 0.9, 1.0), ("one", "one_lan", "1", "stepnft", 0.1, 0.2),
+        ("two", "two", "1", "filtered-bc", 0.1, 0.2))]
+    found = protocol.average(suites)
+    assert (found["tested"], found["tasks"], found["suite"]) == ("average", 6, "")
+    assert [found[name] for name in ("sft", "after", "gain", "removed")] == pytest.approx(
+        [0.7, 0.95, 0.25, 5 / 6], abs=1e-4)
+
+
 def test_tasks_count_by_their_episodes():
     rows = [row_of("0", "SFT", "1", 0.0, 10), row_of("0", "SFT", "2", 1.0, 30)]
     assert protocol.rate(rows, "SFT") == pytest.approx(0.75)
