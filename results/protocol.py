@@ -1,7 +1,6 @@
 """LIBERO by one protocol: suites, few shots, out of distribution, one baseline. Nothing is chosen
-for a seed or a suite, but for one thing: libero_10, twice as long, has five demonstrations a task,
-for the clone of one has nothing to learn from (no success in 100 validation and 256 noisy episodes;
-protocol/libero_10_stepnft_demos1_seed0.csv, stopped there).
+for a seed; libero_10, twice as long, has five demonstrations a task, after one had given a clone
+that never succeeds.
 
 Each run is 04 at its defaults but for --iterations 16 --eval-every 4: all tasks of a suite that the
 scripted expert solves from 90 % or more of the official states (scripted_experts.csv, of
@@ -11,16 +10,17 @@ filtered BC, has --lr 1e-4 on top: three times the method's, a guess that nobody
 official initial states of every task under the suite's usual time limit; in training an episode may
 end sooner (--max-steps of 04).
 
-Removed: the share of the clone's failures that are gone after RL, (after - before) / (1 - before).
+Removed: the share of the clone's failures that are gone after RL, (after - before) / (1 - before),
+of each seed, then the mean; in the rows `average`, of suites or of all tasks, from the means.
 
-Run:     python results/protocol.py                          (13 runs, half an hour each, two cores)
+Run:     python results/protocol.py                   (13 runs, 20 to 60 minutes each, two cores)
          python results/protocol.py --suite libero_goal --seed 0 --out runs/again --runs runs/again
                                                       (one of them again, from nothing)
          python results/protocol.py --summary                (no runs: the numbers, from the rows)
 Saves:   results/04_train_libero/protocol.csv, a row for each task, policy and kind of start;
          protocol_suites.csv and protocol_tasks.csv, what the page tells, computed from it;
-         protocol/RUN.csv, the learning curves. A study that was stopped goes on with the same
-         command, a run in --runs as well.
+         protocol/RUN.csv, the learning curves. The same command goes on where it was stopped,
+         also within a run, whose checkpoints are in --runs.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def call(command):
 
 
 def tested(folder, command):
-    """test.csv of a run -> rows of this study."""
+    """test.csv of a run -> rows of this study; their commit is that of the end of the run."""
     return [{"tested": row["suite"], "starts": row["starts"], "task": row["task"],
              "policy": row["policy"], "episodes": row["episodes"], "success": row["success"],
              **study.origin(command), "hardware": f"{os.cpu_count()} CPU cores"}
@@ -122,7 +122,7 @@ def rate(rows, policy):
 
 def summarise(rows):
     """A row for each suite, number of demos, method and kind of test: before, after, gain and share
-    of failures removed, mean and 95 % t-interval over seeds (none for one seed)."""
+    of failures removed, mean and 95 % t-interval over seeds (nan for one; for two it is wider than the scale)."""
     groups = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in rows:
         if row["starts"] == libero.OFFICIAL_STARTS:
@@ -146,16 +146,22 @@ def summarise(rows):
 
 
 def average(suites):
-    """The row of the suites' means, each suite at its fewest demonstrations. Removed is computed
-    from these means, as the paper's 0.776 is from its own."""
+    """The rows of the mean over suites and over tasks, each suite at its fewest demonstrations; none
+    for fewer than two suites. Removed is computed from these means, as the paper's 0.776 is."""
     own = [row for row in suites if (row["tested"], row["method"]) == (row["suite"], "stepnft")]
+    # of a suite's rows the last stays: that with the fewest
     few = {row["suite"]: row for row in sorted(own, key=lambda row: -int(row["demos"]))}.values()
-    before, after = (np.mean([row[name] for row in few]) for name in ("sft", "after"))
-    means = {"sft": before, "after": after, "gain": after - before,
-             "removed": (after - before) / (1 - before)}
-    return {**dict.fromkeys(own[0], ""), "tested": "average", "method": "stepnft",
-            "tasks": sum(row["tasks"] for row in few),
-            **{name: round(float(value), 4) for name, value in means.items()}}
+    if len(few) < 2:
+        return []
+    tasks, found = [row["tasks"] for row in few], []
+    for name, weights in (("average", None), ("average of tasks", tasks)):
+        before, after = (np.average([row[policy] for row in few], weights=weights)
+                         for policy in ("sft", "after"))
+        means = {"sft": before, "after": after, "gain": after - before,
+                 "removed": (after - before) / (1 - before)}
+        found.append({**dict.fromkeys(own[0], ""), "tested": name, "method": "stepnft",
+                      "tasks": sum(tasks), **{k: round(float(v), 4) for k, v in means.items()}})
+    return found
 
 
 def task_rows(rows):
@@ -184,7 +190,7 @@ def task_rows(rows):
 def write(rows, folder):
     """protocol_suites.csv, whose rows it returns, and protocol_tasks.csv."""
     suites = summarise(rows)
-    suites.append(average(suites))
+    suites += average(suites)
     for name, found in (("suites", suites), ("tasks", task_rows(rows))):
         path = folder / f"protocol_{name}.csv"
         path.unlink(missing_ok=True)
@@ -221,10 +227,14 @@ def main():
     for job in [] if args.summary else args.jobs:
         study.collect([job], lambda job: run(job, args.runs, args.out / "protocol"), path)
         write(study.read(path), args.out)
-    for row in write(study.read(path), args.out):
-        print("{tested:<22} {method:<12} {demos:>1} demos a task, {seeds:>1} seeds: {sft:.3f} -> "
-              "{after:.3f}, {removed:.3f} of the failures removed".format(**row))
-    print(f"RESULT rows={len(study.read(path))} saved={path}")
+    rows = study.read(path)
+    if not rows:
+        raise SystemExit(f"--summary: {path} has no rows yet; leave the flag out to make some")
+    print(f"{'tested':<22} {'method':<12} demos seeds  before  after  removed")
+    for row in write(rows, args.out):
+        print("{tested:<22} {method:<12} {demos:>5} {seeds:>5} {sft:>7.3f} {after:>6.3f} "
+              "{removed:>8.3f}".format(**row))
+    print(f"RESULT rows={len(rows)} saved={path}")
 
 
 if __name__ == "__main__":

@@ -41,16 +41,39 @@ def test_the_share_of_failures_removed_is_of_each_seed_and_then_averaged():
 
 
 def test_the_average_takes_each_suite_once_from_its_fewest_demonstrations():
-    """.5 and .9 before, .9 and 1 after: .7 -> .95, five sixths of the failures."""
-    suites = [{"suite": suite, "tested": tested, "demos": demos, "method": method, "tasks": 3,
-               "sft": before, "after": after} for suite, tested, demos, method, before, after in (
-        ("one", "one", "1", "stepnft", 0.5, 0.9), ("one", "one", "2", "stepnft", 0.8, 1.0),
-        ("two", "two", "5", "stepnft", 0.9, 1.0), ("one", "one_lan", "1", "stepnft", 0.1, 0.2),
-        ("two", "two", "1", "filtered-bc", 0.1, 0.2))]
-    found = protocol.average(suites)
-    assert (found["tested"], found["tasks"], found["suite"]) == ("average", 6, "")
-    assert [found[name] for name in ("sft", "after", "gain", "removed")] == pytest.approx(
-        [0.7, 0.95, 0.25, 5 / 6], abs=1e-4)
+    """.5 and .9 before, .9 and 1 after: .7 -> .95, five sixths of the failures. Three tasks of the
+    first for each of the second: .6 -> .925, thirteen sixteenths."""
+    suites = [{"suite": suite, "tested": tested, "demos": demos, "method": method, "tasks": tasks,
+               "sft": before, "after": after}
+              for suite, tested, demos, method, tasks, before, after in (
+                  ("one", "one", "1", "stepnft", 6, 0.5, 0.9),
+                  ("one", "one", "2", "stepnft", 6, 0.8, 1.0),
+                  ("two", "two", "5", "stepnft", 2, 0.9, 1.0),
+                  ("one", "one_lan", "1", "stepnft", 6, 0.1, 0.2),
+                  ("two", "two", "1", "filtered-bc", 2, 0.1, 0.2))]
+    for found, name, means in zip(protocol.average(suites), ("average", "average of tasks"), (
+            (0.7, 0.95, 0.25, 5 / 6), (0.6, 0.925, 0.325, 13 / 16)), strict=True):
+        assert (found["tested"], found["tasks"], found["suite"]) == (name, 8, "")
+        assert [found[column] for column in ("sft", "after", "gain", "removed")] == pytest.approx(
+            means, abs=1e-4)
+    assert protocol.average(suites[:2]) == protocol.average([]) == []
+
+
+def test_a_study_of_one_suite_or_of_the_baseline_alone_is_summed_up(tmp_path, capsys, monkeypatch):
+    for method, after in protocol.AFTER.items():
+        out = tmp_path / method
+        out.mkdir()
+        for policy, success in (("SFT", 0.5), (after, 0.75)):
+            nft.log_row(out / "protocol.csv", {**row_of("0", policy, "8", success),
+                                               "method": method})
+        monkeypatch.setattr(sys, "argv", ["protocol.py", "--summary", "--out", str(out)])
+        protocol.main()
+        told = capsys.readouterr().out
+        assert "0.500  0.750    0.500" in told and "average" not in told
+
+
+def test_a_summary_of_nothing_is_told_in_one_line(tmp_path):
+    assert "--summary" in wrong_call("protocol.py", "--summary", "--out", str(tmp_path))
 
 
 def test_tasks_count_by_their_episodes():
