@@ -254,7 +254,7 @@ def draw_before_after(ax, rows, groups):
                 ax.errorbar(at, success, [[max(0, success - low)], [max(0, high - success)]],
                             fmt="o", ms=2.5, color="#1f2328", lw=0.7)
     ax.set_xticks(range(len(groups)), groups)
-    ax.set(ylim=(0, 1.05), ylabel="success, ODE")
+    ax.set(ylim=(0, 1.05), ylabel="success without noise")
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(policies), handlelength=1)
 
 
@@ -296,8 +296,8 @@ def libero_protocol(folder):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3), width_ratios=(3, 1))
     draw_before_after(left, [(suite, *rest) for suite, demos, *rest in rows
                              if demos == few[suite]], suites)
-    names = [suite.removeprefix("libero_").replace("object_", "object\n_") +
-             (f"\n{few[suite]} demos" if few[suite] > 1 else "") for suite in suites]
+    names = [suite.removeprefix("libero_").replace("object_", "object\n_") if few[suite] == 1 else
+             f"{suite}\n({few[suite]} demos)" for suite in suites]
     left.set_xticks(range(len(suites)), names)
     shots = sorted({demos for suite, demos, *_ in rows if suite == "libero_object"})
     for policy in dict.fromkeys(row[3] for row in rows):
