@@ -122,7 +122,7 @@ def rate(rows, policy):
 
 def summarise(rows):
     """A row for each suite, number of demos, method and kind of test: before, after, gain and share
-    of failures removed, mean and 95 % t-interval over seeds (nan for one; for two it is wider than the scale)."""
+    of failures removed, mean and 95 % t-interval over seeds (nan for one seed)."""
     groups = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in rows:
         if row["starts"] == libero.OFFICIAL_STARTS:
@@ -145,12 +145,19 @@ def summarise(rows):
     return found
 
 
+def at_fewest(rows):
+    """The rows of each suite's own test of the method, at its fewest demonstrations."""
+    own = [row for row in rows if (row["tested"], row["method"]) == (row["suite"], "stepnft")]
+    few = {}
+    for row in own:
+        few[row["suite"]] = min(few.get(row["suite"], row["demos"]), row["demos"], key=int)
+    return [row for row in own if row["demos"] == few[row["suite"]]]
+
+
 def average(suites):
-    """The rows of the mean over suites and over tasks, each suite at its fewest demonstrations; none
-    for fewer than two suites. Removed is computed from these means, as the paper's 0.776 is."""
-    own = [row for row in suites if (row["tested"], row["method"]) == (row["suite"], "stepnft")]
-    # of a suite's rows the last stays: that with the fewest
-    few = {row["suite"]: row for row in sorted(own, key=lambda row: -int(row["demos"]))}.values()
+    """Two rows, the mean over suites and that over tasks, each suite at its fewest demonstrations;
+    none for fewer than two suites. Removed is of these means, as the paper's 0.776 is."""
+    few = at_fewest(suites)
     if len(few) < 2:
         return []
     tasks, found = [row["tasks"] for row in few], []
@@ -159,7 +166,7 @@ def average(suites):
                          for policy in ("sft", "after"))
         means = {"sft": before, "after": after, "gain": after - before,
                  "removed": (after - before) / (1 - before)}
-        found.append({**dict.fromkeys(own[0], ""), "tested": name, "method": "stepnft",
+        found.append({**dict.fromkeys(few[0], ""), "tested": name, "method": "stepnft",
                       "tasks": sum(tasks), **{k: round(float(v), 4) for k, v in means.items()}})
     return found
 
@@ -167,13 +174,9 @@ def average(suites):
 def task_rows(rows):
     """Each task of each suite in the method's runs with the fewest demonstrations: success before
     and after, over all seeds and in each of them, first seed first."""
-    wanted = {"method": "stepnft", "starts": libero.OFFICIAL_STARTS}
-    rows = [row for row in rows if wanted.items() <= row.items() and row["tested"] == row["suite"]]
-    few, tested = {}, collections.defaultdict(list)
-    for row in rows:
-        few[row["suite"]] = min(few.get(row["suite"], row["demos"]), row["demos"], key=int)
-    for row in rows:
-        if row["demos"] == few[row["suite"]]:
+    tested = collections.defaultdict(list)
+    for row in at_fewest(rows):
+        if row["starts"] == libero.OFFICIAL_STARTS:
             tested[row["suite"], row["task"]].append(row)
     for (suite, task), own in tested.items():
         found = {"suite": suite, "task": task,
