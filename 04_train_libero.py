@@ -20,7 +20,7 @@ follows quickly. Each is a flag. Always: the learning rate falls to 0, and actio
 move in the demos earn no credit. --policy brings the paper's kind of network, a pi0
 (policies/pi0.py), in the place of the small one below.
 
-Run:     python 04_train_libero.py --num-demos 1 --seed 2     (task 0, 17 minutes on two cores)
+Run:     python 04_train_libero.py --num-demos 1 --seed 2     (task 0, 16 minutes on two cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/last.pt --video 4
          torchrun --nproc-per-node=8 04_train_libero.py --obs rgb --tasks all --episodes 512
 Prints:  success of SFT and of every evaluation with its 95 % interval, then RESULT.

@@ -66,8 +66,8 @@ Suite = namedtuple("Suite", "tasks files problems")
 def read_task(path):
     """A BDDL file, LIBERO's description of a task -> Problem.
 
-    facts: what must hold, [["in", "soup", "basket"], ...]. entities: the names in them, each once;
-    first the thing to be moved and where it should go.
+    facts: what must hold, [["in", "soup", "basket"], ...]. entities: first the thing to be moved
+    and where it should go (a fact with one name gives that twice), then the other names, each once.
     """
     from bddl.parsing import scan_tokens
     parts = {part[0]: part[1:] for part in scan_tokens(filename=path)[1:]}

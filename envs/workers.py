@@ -2,11 +2,12 @@
 
     Workers(make_env, num_envs).play(act, seeds) -> (success (episodes,) bool, rows)
 
-as GapWorld.play in 01. A simulator joins as a gymnasium.Env with three habits: its action is a
-whole chunk (H, A), its observation a dict of arrays, and step's info tells `executed`, how many of
-the H actions ran before the episode ended, and `success`. A seed is an episode: the same start in
-any process, after any other episode. ChunkEnv gives these habits to anything that can reset, move
-by one action and look.
+as GapWorld.play in 01. A simulator joins as a gymnasium.Env with four habits: its action is a
+whole chunk (H, A), its observation a dict of arrays; step's info tells `executed`, how many of the
+H actions ran before the episode ended, and `success`; a seed is an episode: the same start in any
+process, after any other episode; and it bears being asked along while it has no episode to play, by
+reset() without a seed and step() after the end, whose answers nobody reads. ChunkEnv gives these
+habits to anything that can reset, move by one action and look.
 """
 
 import functools

@@ -84,6 +84,10 @@ def main():
     add("--num-envs", type=flow.positive_int, default=8, help="simulators at a time")
     add("--out", type=Path, default="runs/libero_failures/failures.csv", help="csv for the rows")
     args = parser.parse_args()
+    for path in args.checkpoints:
+        flags = torch.load(path, weights_only=True)["flags"]
+        if "suite" not in flags or flags["obs"] != "state":
+            parser.error(f"{path}: give a checkpoint of 04 that was trained with --obs state")
     parser.make_folder("--out", args.out.parent)
     count = 0
     for path in args.checkpoints:

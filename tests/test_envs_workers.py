@@ -259,7 +259,7 @@ def test_no_seeds_no_rows(two):
 
 
 class Bomb(gym.Env):
-    """A user's own gymnasium.Env with the three habits; seed 13 and any change kill its process.
+    """A user's own gymnasium.Env with the four habits; seed 13 and any change kill its process.
 
     Its success is an action above half. It loads nothing before it is asked to.
     """

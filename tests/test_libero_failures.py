@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,10 @@ def test_what_became_of_the_thing(heights, distances, fate):
 
 def test_a_wrong_call_is_told_in_one_line(tmp_path):
     assert "no such file" in wrong_call("libero_failures.py", str(tmp_path / "none.pt"))
+    for flags in {"task": "PickCube-v1", "obs": "state"}, {"suite": "libero_goal", "obs": "rgb"}:
+        robot.save(tmp_path / "other.pt", robot.RobotPolicy(1, 7, state_dim=18),
+                   SimpleNamespace(flags=flags))
+        assert "--obs state" in wrong_call("libero_failures.py", str(tmp_path / "other.pt"))
 
 
 @pytest.mark.sim

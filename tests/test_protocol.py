@@ -81,8 +81,16 @@ def test_tasks_count_by_their_episodes():
     assert protocol.rate(rows, "SFT") == pytest.approx(0.75)
 
 
-def test_every_run_has_the_same_flags_and_they_are_those_of_04(monkeypatch, tmp_path):
-    jobs, seen = protocol.all_jobs(), set()
+def test_every_run_has_the_same_flags_and_they_are_those_of_04(tmp_path):
+    """Defaults but for 16 iterations, a validation after every fourth, and the baseline's lr."""
+    def flags_of(args):
+        return {name: value for name, value in args.flags.items()
+                if name not in ("suite", "seed", "num_demos", "tasks", "lr")}
+
+    jobs, out = protocol.all_jobs(), ["--out", str(tmp_path / "out")]
+    default = robot.parse_args(out)
+    expected = {**flags_of(default), "iterations": 16, "eval_every": 4}
+    lr = {"stepnft": default.lr, "filtered-bc": 1e-4, "filtered-bc-3e-4": 3e-4}
     assert len({study.key(job) for job in jobs}) == len(jobs)
     for suite in ("libero_object", "libero_spatial", "libero_goal"):
         assert {job["seed"] for job in jobs if job == {**job, "suite": suite, "demos": 1,
@@ -90,12 +98,11 @@ def test_every_run_has_the_same_flags_and_they_are_those_of_04(monkeypatch, tmp_
     for job in jobs:
         script, *flags = protocol.command_of(job).split()
         assert (ROOT / script).exists()
-        args = robot.parse_args([*flags, "--out", str(tmp_path / "out")])
+        args = robot.parse_args([*flags, *out])
         assert (args.suite, args.seed, args.num_demos) == (job["suite"], job["seed"], job["demos"])
         assert set(map(str, args.tasks)) == set(protocol.tasks_of(job["suite"])) != set()
-        seen.add(tuple(sorted((name, str(value)) for name, value in args.flags.items()
-                              if name not in ("suite", "seed", "num_demos", "tasks", "lr"))))
-    assert len(seen) == 1
+        assert flags_of(args) == expected
+        assert args.lr == lr[job["method"]]
 
 
 def test_the_tables_of_the_page_are_what_the_rows_say(tmp_path):
@@ -124,10 +131,9 @@ def test_a_test_out_of_distribution_leaves_that_of_the_run_alone(monkeypatch, tm
         out = Path(command.split("--out ")[1])
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.csv").touch()
-        suites = ("libero_object_lan",) if "--eval-only" in command else ("libero_object",)
-        for suite in suites:
-            nft.log_row(out / "test.csv", {"policy": "SFT", "suite": suite, "task": 0, "starts":
-                                           libero.OFFICIAL_STARTS, "episodes": 2, "success": 0.5})
+        suite = "libero_object_lan" if "--eval-only" in command else "libero_object"
+        nft.log_row(out / "test.csv", {"policy": "SFT", "suite": suite, "task": 0, "starts":
+                                       libero.OFFICIAL_STARTS, "episodes": 2, "success": 0.5})
 
     monkeypatch.setattr(protocol, "call", played)
     folder = tmp_path / protocol.name_of(job)
