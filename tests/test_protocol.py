@@ -90,7 +90,7 @@ def test_every_run_has_the_same_flags_and_they_are_those_of_04(tmp_path):
     jobs, out = protocol.all_jobs(), ["--out", str(tmp_path / "out")]
     default = robot.parse_args(out)
     expected = {**flags_of(default), "iterations": 16, "eval_every": 4}
-    lr = {"stepnft": default.lr, "filtered-bc": 1e-4, "filtered-bc-3e-4": 3e-4}
+    lr = {"stepnft": default.lr, "filtered-bc": 1e-4}
     assert len({study.key(job) for job in jobs}) == len(jobs)
     for suite in ("libero_object", "libero_spatial", "libero_goal"):
         assert {job["seed"] for job in jobs if job == {**job, "suite": suite, "demos": 1,
