@@ -13,7 +13,8 @@ end sooner (--max-steps of 04).
 Removed: the share of the clone's failures that are gone after RL, (after - before) / (1 - before),
 of each seed, then the mean; in the rows `average`, of suites or of all tasks, from the means.
 
-Run:     python results/protocol.py                   (13 runs, 20 to 60 minutes each, two cores)
+Run:     python results/protocol.py                   (13 runs, 20 to 60 minutes each on two
+                                                      cores; on slow ones, two at once, 160)
          python results/protocol.py --suite libero_goal --seed 0 --out runs/again --runs runs/again
                                                       (one of them again, from nothing)
          python results/protocol.py --summary                (no runs: the numbers, from the rows)
