@@ -1,24 +1,16 @@
 """03 - Finer steps: the ranking loss of pi-StepNFT, and the reinforcement learning iteration.
 
 02 recorded noisy denoising steps x_t -> x_next, each a draw from a Gaussian whose mean is affine in
-the velocity. So one step can be judged by itself. Mirror the trained velocity around the one that
+the velocity, so one step can be judged by itself. Mirror the trained velocity around the one that
 acted, v_pos = v_old + beta delta and v_neg = v_old - beta delta with delta = v_theta - v_old, and
 ask which of these two branches explains the observed x_next better:
 
-    E(v) = |x_next - mean(v)|^2 / (std^2 + eps)                 of each action, eps = 1e-4
-    L    = softplus(dpo_beta / 2 * y * (E_pos - E_neg)),        y = +1 success, -1 failure
+    E(v) = |x_next - mean(v)|^2 / (std^2 + 1e-4)                of each action
+    L    = softplus(dpo_beta / 2 * y * (E_pos - E_neg))         y = +1 success, -1 failure
 
-A success says v_pos should win, a failure v_neg. No critic, no likelihood of the whole path, one
-forward pass per optimisation step. At delta = 0 the loss is ln 2 and its gradient that of
--y log N(x_next; mean, std^2), averaged over the executed actions, times beta dpo_beta std^2 /
-(std^2 + eps): REINFORCE on this one step. Further on E_pos - E_neg stays linear in delta (the
-squares cancel), so the slope is bounded and fades as the branch that should win does.
-
-    world.play(explore(old)): old acts, with noise -> labels -> update: the loss -> ema_update
-
-New since 02: the loss, the iteration, and the EMA (exponential moving average) by which the acting
-policy `old` follows the trained one. `--target endpoint` asks which branch explains the end of the
-path, x_0, instead (DiffusionNFT). Unlike in the paper's code, a success in the last chunk counts.
+A success says that v_pos should win, a failure v_neg. New since 02: this loss, and the iteration in
+`train_toy`. The numbers in the margin are those of the README's pseudocode. Unlike in the paper's
+code, an episode that succeeds in its very last chunk counts as a success.
 
 Run:     python 03_step_loss.py            (about 25 s on one CPU core, SFT included)
 Prints:  success so far beside the progress bar, then RESULT before (sft) and after (stepnft).
@@ -26,7 +18,6 @@ Saves:   runs/03_step_loss/{log.csv, learning.png, policy.pt}
 """
 
 import copy
-import csv
 import importlib
 import math
 import time
@@ -36,6 +27,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+
+from envs.gap_world import GapWorld, draw_episodes, episode_seeds
+from tools import flags
+from tools.log import draw_learning, log_row, read_log
 
 flow = importlib.import_module("01_flow_policy")
 sde = importlib.import_module("02_sde_sampler")
@@ -47,11 +42,12 @@ sde = importlib.import_module("02_sde_sampler")
 def mirror(v_theta, v_old, beta, max_drift):
     """Two velocities at equal distance from v_old, one towards v_theta and one away: (B, H, A). A
     longer delta than max_drift per action is not rewarded: it is shortened, then beta scales it."""
-    delta = v_theta - v_old
+    delta = v_theta - v_old                                                              # 8
     norm = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)                  # (B, H, 1)
     delta = delta * (max_drift / norm.clamp(min=max_drift))
-    # v_pos = v_old + beta delta         v_neg = v_old - beta delta
-    return v_old + beta * delta, v_old - beta * delta
+    v_pos = v_old + beta * delta                                                         # 9
+    v_neg = v_old - beta * delta
+    return v_pos, v_neg
 
 
 def step_error(v, x_t, x_next, t_cur, t_next, sigma, var_eps=1e-4):
@@ -59,7 +55,7 @@ def step_error(v, x_t, x_next, t_cur, t_next, sigma, var_eps=1e-4):
     t_cur, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))     # (B, 1, 1)
     mean, std = sde.transition(x_t, v, t_cur, t_next, sigma)
     # E = sum over action dims of (x_next - mean(v))^2 / (std^2 + eps)
-    return ((x_next - mean).pow(2) / (std**2 + var_eps)).sum(-1)
+    return ((x_next - mean).pow(2) / (std**2 + var_eps)).sum(-1)                         # 10
 
 
 def endpoint_error(v, x_t, x_0, t_cur, t_next, sigma, var_eps=1e-4):
@@ -90,8 +86,9 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
     y, v_old = y[:, None], v_old.detach()
     v_pos, v_neg = mirror(v_theta, v_old, beta, max_drift)
     E_pos, E_neg = (error(v, x_t, target, t_cur, t_next, sigma) for v in (v_pos, v_neg))
-    # L = softplus(dpo_beta / 2 * y * (E_pos - E_neg))
-    loss = executed_mean(F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)), mask)
+    # At delta = 0 this is ln 2, and its gradient REINFORCE's on this one step. Further on the
+    # squares cancel in E_pos - E_neg: linear in delta, so the slope fades once a branch has won.
+    loss = executed_mean(F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)), mask)           # 11
     with torch.no_grad():
         drift, margin = (v_theta - v_old).norm(dim=-1), y * (E_neg - E_pos)       # (B, H)
         info = {"rank_accuracy": margin > 0, "margin": margin, "drift": drift,
@@ -115,8 +112,8 @@ def executed_mean(values, mask):
 def explore(policy, num_steps, noise_level):
     """An `act` for a world's `play`: SDE actions, with the whole denoising path recorded."""
     def act(obs):
-        x_0, path = sde.sde_sample(policy, flow.to_device(obs, policy), num_steps, noise_level)
-        return policy.denormalise(x_0).cpu(), {k: z.cpu() for k, z in path._asdict().items()}
+        x_0, path = sde.sde_sample(policy, obs, num_steps, noise_level)          # 4, 5: in 02
+        return policy.denormalise(x_0), path._asdict()                     # x, v, sigma
     return act
 
 
@@ -124,28 +121,24 @@ def labels(success, episode, group_size=1):
     """success (episodes,), episode of each row (B,) -> y (B,) float: +1 success, -1 failure (the
     paper). With group_size > 1, that many neighbours share a start, and the mean of their y is
     taken off (GRPO's baseline): a start that always fails or always succeeds teaches nothing."""
-    y = torch.as_tensor(success).float() * 2 - 1                                  # (episodes,)
+    y = torch.as_tensor(success).float() * 2 - 1                                 # 6 (episodes,)
     if group_size > 1:
         groups = y.view(-1, group_size)
         y = (groups - groups.mean(1, keepdim=True)).flatten()
     return y[episode]
 
 
-def recorded_steps(policy, batch):
-    """Recorded denoising steps of b rows, with the velocity that `policy` has there now. batch: an
-    observation, x, v, sigma as in SamplingPath (02), y (b,), mask (b, H); k (b, n): which n of a
-    row's K steps, one at random here, all K in 04 and 05. -> (ctx of the b rows, for 05's critic;
-    v_theta v_old x_t x_next x_0 t_cur t_next sigma y mask in a dict, b * n each, row after row)."""
-    batch = flow.to_device(batch, policy)
-    k, rows = batch["k"], torch.arange(len(batch["k"]))[:, None]
-    times, n = sde.time_grid(batch["v"].shape[1]).to(k.device), k.shape[1]
-    x_t, t_cur, ctx = batch["x"][rows, k], times[k], policy.encode(batch)  # (b, n, H, A), (b, n)
-    v_theta = torch.stack([policy.velocity(x_t[:, j], t_cur[:, j], ctx) for j in range(n)], 1)
-    steps = dict(v_theta=v_theta, v_old=batch["v"][rows, k], x_t=x_t, t_cur=t_cur,
-                 x_next=batch["x"][rows, k + 1], t_next=times[k + 1], sigma=batch["sigma"][rows, k])
-    each = {name: batch[name].repeat_interleave(n, 0) for name in ("y", "mask")}
-    x_0 = batch["x"][:, -1].repeat_interleave(n, 0)
-    return ctx, {**{name: z.flatten(0, 1) for name, z in steps.items()}, **each, "x_0": x_0}
+def recorded_steps(policy, batch, ctx):
+    """One recorded denoising step of each row, step number k, with the velocity that `policy` has
+    there now. batch: x, v, sigma of the path (02), k, y (B,), mask (B, H); ctx = encode(batch)
+    -> dict of v_theta, v_old, x_t, x_next, x_0 (B, H, A), t_cur, t_next, sigma, y (B,), mask."""
+    rows, k = torch.arange(len(batch["k"])), batch["k"]
+    times = sde.time_grid(batch["v"].shape[1]).to(k.device)
+    x_t, x_next, x_0 = batch["x"][rows, k], batch["x"][rows, k + 1], batch["x"][:, -1]
+    v_old, sigma = batch["v"][rows, k], batch["sigma"][rows, k]
+    v_theta = policy.velocity(x_t, times[k], ctx)
+    return dict(v_theta=v_theta, v_old=v_old, x_t=x_t, x_next=x_next, x_0=x_0, t_cur=times[k],
+                t_next=times[k + 1], sigma=sigma, y=batch["y"], mask=batch["mask"])
 
 
 def update(policy, optimizer, batch, *, epochs=4, minibatch=512, grad_clip=1.0, target="next",
@@ -154,8 +147,9 @@ def update(policy, optimizer, batch, *, epochs=4, minibatch=512, grad_clip=1.0, 
     "next" or "endpoint", what the branches must explain; loss: another one, to ablate this."""
     infos, loss_options = [], {"error": TARGETS[target], **loss_options}
     for _ in range(epochs):
-        for rows in torch.randperm(len(batch["y"])).split(minibatch):
-            _, steps = recorded_steps(policy, flow.take(batch, rows))
+        for rows in torch.randperm(len(batch["y"])).split(minibatch):                    # 7
+            part = flow.take(batch, rows)
+            steps = recorded_steps(policy, part, policy.encode(part))
             x_next, x_0 = steps.pop("x_next"), steps.pop("x_0")
             value, info = loss(**steps, target=x_next if target == "next" else x_0, **loss_options)
             info["grad_norm"] = optimise(policy, optimizer, value, grad_clip)
@@ -195,24 +189,24 @@ def ema_update(old, new, decay):
 
 def train_toy(args, log=None):
     """SFT -> pi-StepNFT on the toy world -> (SFT policy, trained policy, success of both)."""
-    sft = flow.toy_policy(args.seed)
+    sft = flow.toy_policy(args.seed)                                                     # 1
     torch.manual_seed(args.seed)
     policy, old = copy.deepcopy(sft), copy.deepcopy(sft)  # policy learns, old acts
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
-    world = flow.GapWorld()
-    test_seeds = flow.episode_seeds("test", 1000)
+    world = GapWorld()
+    test_seeds = episode_seeds("test", 1000)
     before = flow.evaluate(sft, world, test_seeds, args.num_steps).mean()
     bar = tqdm(range(args.iterations), desc="pi-StepNFT", disable=None)
-    for iteration in bar:
-        starts = flow.episode_seeds("train", args.episodes // args.group_size, args.seed, iteration)
+    for iteration in bar:                                                                # 2
+        starts = episode_seeds("train", args.episodes // args.group_size, args.seed, iteration)
         seeds = np.repeat(starts, args.group_size)
-        success, batch = world.play(explore(old, args.num_steps, args.noise_level), seeds)
-        batch["k"] = torch.randint(args.num_steps, (len(batch["x"]), 1))
+        success, batch = world.play(explore(old, args.num_steps, args.noise_level), seeds)  # 3
+        batch["k"] = torch.randint(args.num_steps, (len(batch["x"]),))
         batch["y"] = labels(success, batch["episode"], args.group_size)
         info = update(policy, optimizer, batch, target=args.target, beta=args.beta,
                       max_drift=args.max_drift, dpo_beta=args.dpo_beta)
         alpha = ema_decay(iteration, args.iterations, *args.ema)
-        ema_update(old, policy, alpha)
+        ema_update(old, policy, alpha)                                                   # 12
         rate = ""
         if (iteration + 1) % 10 == 0 or iteration + 1 == args.iterations:
             rate = flow.evaluate(policy, world, test_seeds, args.num_steps).mean()
@@ -223,79 +217,34 @@ def train_toy(args, log=None):
     return sft, policy, before, rate
 
 
-def log_row(path, row):
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
-
-
-def read_log(path):
-    """The csv as {column: array}; empty cells (no evaluation) become nan."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {k: np.array([float(r[k] or "nan") for r in rows]) for k in rows[0]}
-
-
-def draw_learning(log, success_ax, loss_ax):
-    seen, played = ~np.isnan(log["eval_ode"]), log["episodes"] / 1000
-    success_ax.plot(played, log["train_sde"], color="0.6", lw=1, label="old policy, SDE")
-    success_ax.plot(played[seen], log["eval_ode"][seen], "o-", ms=3, color="#0072b2",
-                    label="trained policy, ODE")
-    success_ax.set(xlabel="training episodes, thousands", ylabel="success", ylim=(0, 1.02))
-    success_ax.legend(frameon=False)
-    loss_ax.plot(played, log["loss"], color="#d55e00", lw=1)
-    loss_ax.set(xlabel="training episodes, thousands", ylabel="loss")
-
-
-def draw_rollouts(ax, policy, title, num_steps):
-    world, seeds = flow.GapWorld(), flow.episode_seeds("test", 40)
-    success, rows = world.play(
-        lambda obs: (policy.denormalise(flow.ode_sample(policy, obs, num_steps)), {}), seeds)
-    for e, ok in enumerate(success):
-        trail = np.vstack([rows["state"][rows["episode"] == e, :2], world.position[e]])
-        ax.plot(*trail.T, "-o" if ok else ":x", markevery=[-1], ms=5, lw=1,
-                color="#0072b2" if ok else "#d55e00")
-    ax.axvline(0, color="0.6", lw=1)
-    ax.plot(*world.goal, "o", ms=14, color="#009e73", alpha=0.4)
-    ax.set(title=f"{title}: {success.mean():.0%} arrive", xlim=(-1, 1), ylim=(-1, 1))
-
-
-def add_method_flags(parser):
-    """The method's main numbers, with the paper's values."""
-    add, positive = parser.add_argument, flow.positive_float
-    add("--target", default="next", choices=list(TARGETS),
-        help="what the branches must explain: the next step (the method), or the endpoint x_0")
-    add("--group-size", type=flow.positive_int, default=1,
-        help="episodes per start; above 1, labels are centred on their mean")
-    add("--noise-level", type=positive, default=0.2, help="a, width of the exploration")
-    add("--num-steps", type=flow.positive_int, default=4, help="K, denoising steps")
-    add("--beta", type=positive, default=1.0, help="distance of the branches, in units of delta")
-    add("--max-drift", type=positive, default=0.5, help="longest delta, per action, in flow units")
-    add("--dpo-beta", type=positive, default=1.0, help="slope of the ranking, as in DPO")
-    add("--ema", type=flow.number(float, 0, 1), nargs=2, metavar=("START", "END"),
-        default=[0.1, 0.995], help="how slowly the acting policy follows, first and last iteration")
-
-
-def check_method(parser, args):
-    if args.episodes % args.group_size:
-        parser.error(f"--episodes {args.episodes} is no multiple of --group-size {args.group_size}")
-    if args.ema[0] > args.ema[1]:
-        parser.error(f"--ema {args.ema[0]} {args.ema[1]}: END is below START, but old slows down")
+def figure(sft, policy, before, after, args):
+    """Above: where 30 test episodes lead, before and after. Below: the learning curves."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(10, 9), layout="constrained")
+    axes = fig.subplots(2, 2)
+    for ax, shown, when, rate in ((axes[0, 0], sft, "before", before),
+                                  (axes[0, 1], policy, "after", after)):
+        draw_episodes(ax, GapWorld(), flow.ode_act(shown, args.num_steps),
+                      f"{when}: {rate:.1%} of 1,000 test episodes arrive")
+    draw_learning(read_log(args.out / "log.csv"), *axes[1])
+    # The loss stays near ln 2, where both branches tie, although success rises: the noise of a
+    # single step decides little of an episode, so the right branch wins only a bit more often.
+    axes[1, 1].axhline(math.log(2), color="0.6", ls="--", label="ln 2: the branches tie")
+    axes[1, 1].legend(frameon=False)
+    fig.savefig(args.out / "learning.png", dpi=120)
 
 
 def parse_args(argv=None):
-    parser = flow.Parser(__doc__)
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
-    add("--seed", type=flow.natural, default=0, help="seed of SFT, rollouts and updates")
-    add("--iterations", type=flow.positive_int, default=160, help="RL iterations")
-    add("--episodes", type=flow.positive_int, default=512, help="episodes per iteration")
-    add("--lr", type=flow.positive_float, default=1e-3, help="Adam's learning rate")
+    add("--seed", type=flags.natural, default=0, help="seed of SFT, rollouts and updates")
+    add("--iterations", type=flags.positive_int, default=160, help="RL iterations")
+    add("--episodes", type=flags.positive_int, default=512, help="episodes per iteration")
+    add("--lr", type=flags.positive_float, default=3e-4, help="Adam's; paper: 1e-5, for pi0")
     add("--out", type=Path, default="runs/03_step_loss", help="folder of log, figure and policy")
-    add_method_flags(parser)
+    flags.add_method_flags(parser)  # noise, beta and so on, with the paper's values
     args = parser.parse_args(argv)
-    check_method(parser, args)
+    flags.check_method(parser, args)
     parser.make_folder("--out", args.out)
     return args
 
@@ -306,12 +255,7 @@ def main():
     (args.out / "log.csv").unlink(missing_ok=True)
     sft, policy, before, after = train_toy(args, args.out / "log.csv")
     torch.save(policy.state_dict(), args.out / "policy.pt")
-    fig, axes = flow.pyplot().subplots(2, 2, figsize=(10, 9), layout="constrained")
-    for ax, shown, title in zip(axes[0], (sft, policy), ("before (SFT)", "after (pi-StepNFT)")):
-        draw_rollouts(ax, shown, title, args.num_steps)
-    draw_learning(read_log(args.out / "log.csv"), *axes[1])
-    axes[1, 1].axhline(math.log(2), color="0.6", ls="--")  # the branches tie
-    fig.savefig(args.out / "learning.png", dpi=120)
+    figure(sft, policy, before, after, args)
     print(f"RESULT sft={before:.3f} stepnft={after:.3f} "
           f"episodes={args.iterations * args.episodes} seconds={time.time() - start:.0f}")
 

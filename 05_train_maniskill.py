@@ -1,76 +1,85 @@
 """05 - What a critic costs: pi-StepNFT beside PPO and GRPO, in and out of distribution.
 
-The method of 03 on a second simulator, ManiSkill: a Panda arm holds a cube at a goal,
-pushes, stacks, or follows a sentence, "put the red cube on the green pad" (--task). As in 04, a
-scripted controller gives a few demonstrations, flow matching clones them (SFT), and reinforcement
-learning lifts the clone; --algo says how:
+The method of 03 on a second simulator, ManiSkill: a Panda arm holds a cube at a goal, pushes,
+stacks, or follows a sentence (--task). A few scripted demonstrations are cloned (SFT), and RL lifts
+the clone; --algo says how:
 
     stepnft   rank the mirrored branches of one step by the episode's success        (03)
     ppo       clipped policy gradient on the likelihood of one noisy step, with a critic's advantage
     grpo      the same with the mean of the episodes from one start in the critic's place
 
-New since 04: those two, and a test out of distribution (--eval-ood: vision, semantic, execution;
-never trained on). The simulator, its tasks and the variants live in envs/maniskill.py; --task
-PixelGap is the toy world seen through a camera, with defaults of its own, in minutes. Defaults
-that differ from the paper's, because a few demos and two CPU cores are not a GPU cluster: all K
-denoising steps of a chunk are trained on; labels are centred on the 8 episodes from one start;
-noise 0.3; the old policy follows quickly. Each is a flag. Left out: the vision-language backbone.
+New: those two, and a test out of distribution (--eval-ood). The loop in `main` is 04's, written out
+again. --task PixelGap is the toy world through a camera, in minutes.
 
 Run:     python 05_train_maniskill.py                       (5 to 9 minutes on two CPU cores)
-         python 05_train_maniskill.py --task PutOnPad-v1 --num-demos 40 --sft-steps 3000
-             --lr 3e-5 --dpo-beta 0.1 --eval-ood     (one line; 1000 SFT steps are too few)
          python 05_train_maniskill.py --task PixelGap --algo ppo --eval-ood      (a minute)
          python 05_train_maniskill.py --eval-only runs/05_train_maniskill/last.pt
 Prints:  success of SFT and of every evaluation with its 95 % interval, then RESULT.
-Saves:   runs/05_train_maniskill/{sft.pt, last.pt, log.csv, test.csv, learning.png, videos/}; with
-         PixelGap runs/05_pixel_gap/, without videos
+Saves:   runs/05_train_maniskill/{sft.pt, last.pt, log.csv, test.csv, learning.png, videos/}
 """
 
-import argparse
-import functools
+import copy
 import importlib
 import time
 import warnings
 
 import numpy as np
 import torch
-from torch import nn
 
 from envs import maniskill, pixel_gap
+from envs.gap_world import episode_seeds
+from envs.workers import scripted_demos
+from policies import build_policy, credited, load_policy
+from policies.critic import Critic
+from tools import flags, ranks, run
+from tools.log import learning_figure, log_row
 
-flow, sde, nft, robot = map(importlib.import_module, (
-    "01_flow_policy", "02_sde_sampler", "03_step_loss", "04_train_libero"))
+flow, sde, nft = map(importlib.import_module,
+                     ("01_flow_policy", "02_sde_sampler", "03_step_loss"))
 
 # ------------------------------------------------------------------------------------------------
-# The baselines: PPO with a critic, and GRPO, the same without one. Their likelihood is that of one
-# noisy step: the other steps of a chunk are the ODE's (Flow-SDE, as in the paper's baselines).
+# Three ways to learn from a rollout. First the method.
+
+
+def update(policy, optimizer, batch, args):
+    """Minibatch steps of 03's ranking loss over a labelled batch -> mean info of all steps. Unlike
+    03's it trains on every denoising step of a chunk (--transitions), and an action dim that hardly
+    moves earns no credit."""
+    count, K = len(batch["y"]), args.num_steps
+    batch["k"] = torch.arange(K).expand(count, -1)                                  # (rows, n)
+    if args.transitions == "one":
+        batch["k"] = torch.randint(K, (count, 1))
+    infos = []
+    for _ in range(args.epochs):
+        for rows in ranks.minibatches(count, args.minibatch):
+            part = ranks.to_device(flow.take(batch, rows), args.device)
+            ctx = policy.encode(part)  # once a chunk, whatever the number of its steps
+            each = [nft.recorded_steps(policy, {**part, "k": k}, ctx) for k in part["k"].T]
+            steps = {name: torch.stack([one[name] for one in each], 1).flatten(0, 1)
+                     for name in each[0]}                                           # b * n rows
+            x_next, x_0 = steps.pop("x_next"), steps.pop("x_0")
+            steps["v_theta"] = credited(policy, steps["v_theta"], steps["v_old"])
+            loss, info = nft.step_nft_loss(
+                **steps, target=x_next if args.target == "next" else x_0,
+                error=nft.TARGETS[args.target], beta=args.beta, max_drift=args.max_drift,
+                dpo_beta=args.dpo_beta)
+            info["grad_norm"] = nft.optimise(policy, optimizer, loss, grad_clip=1.0)
+            infos.append(info)
+    return nft.mean_info(infos)
+
+
+# Then PPO with a critic, and GRPO, the same without one. Their likelihood is that of one noisy
+# step: the other steps of a chunk are the ODE's (Flow-SDE, as in the paper's baselines).
 
 
 def one_noisy_step(policy, num_steps, noise_level):
-    """An `act` for a world's `play`: `explore` of 03 with noise in one random step, k (B, 1)."""
+    """An `act` for a world's `play`: `explore` of 03 with noise in one random step, k (B,)."""
     def act(obs):
-        obs = flow.to_device(obs, policy)
-        k = torch.randint(num_steps, (len(obs["state"]), 1), device=obs["state"].device)
-        noise = noise_level * (torch.arange(num_steps, device=k.device) == k)          # (B, K)
+        k = torch.randint(num_steps, (len(obs["state"]),), device=obs["state"].device)
+        noise = noise_level * (torch.arange(num_steps, device=k.device) == k[:, None])  # (B, K)
         x_0, path = sde.sde_sample(policy, obs, num_steps, noise)
-        return policy.denormalise(x_0).cpu(), {
-            "k": k.cpu(), **{name: z.cpu() for name, z in path._asdict().items()}}
+        return policy.denormalise(x_0), {"k": k, **path._asdict()}
     return act
-
-
-class Critic(nn.Module):
-    """V(observation, time) for PPO: an MLP on the policy's encoding, which it does not train."""
-
-    lr = 1e-3  # it starts from nothing, the policy does not
-
-    def __init__(self, context, width=256):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(context + 1, width), nn.Tanh(),
-                                 nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1))
-
-    def forward(self, ctx, elapsed):
-        """ctx (B, C), elapsed (B,): how much of the time limit is over -> (B,)."""
-        return self.net(torch.cat([ctx.detach(), elapsed[:, None]], -1))[:, 0]
 
 
 def elapsed_time(episode, chunks):
@@ -108,87 +117,61 @@ def log_prob(v, x_t, x_next, t_cur, t_next, sigma, mask):
     return (normal.log_prob(x_next) * mask[..., None]).sum((1, 2))
 
 
-def ppo_update(policy, critic, optimizer, batch, *, epochs, minibatch, clip=0.2, grad_clip=1.0,
-               target_kl=0.05):
+def advantages(policy, critic, batch, success, args):
+    """How much better than expected each row's episode went, over all rows with std 1: (rows,).
+
+    With a critic: GAE, less its mean; batch gets `elapsed` and `returns`, which the critic learns.
+    Without (GRPO): the labels less the mean of their start, and not less the batch's mean as well,
+    or starts that always succeed would lose.
+    """
+    if critic:
+        limit = -(-args.max_steps // args.horizon)  # of an episode, in chunks
+        batch["elapsed"], values = elapsed_time(batch["episode"], limit), []
+        with torch.no_grad():
+            for rows in torch.arange(len(batch["x"])).split(4096):
+                part = ranks.to_device(flow.take(batch, rows), args.device)
+                values.append(critic(policy.encode(part), part["elapsed"]).cpu())
+        A, batch["returns"] = gae(torch.cat(values), success, batch["episode"])
+        A = A - ranks.gather(A).mean()
+    else:
+        A = nft.labels(success, batch["episode"], args.group_size)
+    return A / (ranks.gather(A).std() + 1e-6)
+
+
+def ppo_update(policy, critic, optimizer, batch, args, clip=0.2):
     """The clipped objective on the one noisy step of each chunk -> mean info of all steps.
 
-    batch["y"] holds the advantages A; with a critic also batch["returns"] and batch["elapsed"].
-    L = -mean min(ratio A, clip(ratio, 1 - clip, 1 + clip) A), v_theta through robot.credited; with
-    a critic plus half its mean squared error. nft.optimise(policy, ...) clips the policy's gradient
-    alone. Once a minibatch's kl = mean(ratio - 1 - log ratio) is above target_kl, the policy rests:
-    only the critic goes on, as it starts untrained; GRPO (critic=None) stops. info: loss, clipped,
-    approx_kl, resting, grad_norm, with a critic value_loss.
+    batch["y"] holds the advantages A. The critic's loss is half its mean squared error. Once a
+    minibatch's kl = mean(ratio - 1 - log ratio) is above --target-kl, the policy rests: only the
+    critic goes on, as it starts untrained; GRPO (critic=None) stops.
     """
-    resting = False
-    infos = []
-    for _ in range(epochs):
-        for rows in torch.randperm(len(batch["y"])).split(minibatch):
-            ctx, steps = nft.recorded_steps(policy, flow.take(batch, rows))
+    resting, infos = False, []
+    for _ in range(args.epochs):
+        for rows in ranks.minibatches(len(batch["y"]), args.minibatch):
+            part = ranks.to_device(flow.take(batch, rows), args.device)
+            ctx = policy.encode(part)
+            steps = nft.recorded_steps(policy, part, ctx)
             A, v_theta, v_old, _ = (steps.pop(name) for name in ("y", "v_theta", "v_old", "x_0"))
-            v_theta = robot.credited(policy, v_theta, v_old)
+            v_theta = credited(policy, v_theta, v_old)
             log_ratio = log_prob(v_theta, **steps) - log_prob(v_old, **steps)
             ratio = log_ratio.exp()
             # L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
             loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
             kl = (ratio - 1 - log_ratio).mean()
-            resting = resting or bool(robot.gather(kl.detach().cpu()[None]).mean() > target_kl)
+            resting = resting or bool(ranks.gather(kl.detach().cpu()[None]).mean() > args.target_kl)
             info = {"loss": loss, "clipped": ((ratio - 1).abs() > clip).float().mean(),
                     "approx_kl": kl, "resting": torch.tensor(float(resting))}
             if resting and not critic:
                 return nft.mean_info(infos)
             loss = 0 if resting else loss
             if critic:
-                elapsed, returns = (batch[name][rows].to(ctx.device)
-                                    for name in ("elapsed", "returns"))
-                info["value_loss"] = (critic(ctx, elapsed) - returns).pow(2).mean() / 2
+                error = critic(ctx, part["elapsed"]) - part["returns"]
+                info["value_loss"] = error.pow(2).mean() / 2
                 loss = loss + info["value_loss"]
             # the policy's gradient alone is clipped: the critic's must not shorten it
-            info["grad_norm"] = nft.optimise(policy, optimizer, loss, grad_clip)
+            info["grad_norm"] = nft.optimise(policy, optimizer, loss, grad_clip=1.0)
             infos.append({name: value.detach() for name, value in info.items()})
     return nft.mean_info(infos)
-
-
-class PPO:
-    """PPO, or without a critic GRPO, as `train` of 04 uses it."""
-
-    def __init__(self, args, critic=None):
-        self.args, self.critic = args, critic
-        self.beside = [critic] if critic else []  # learns beside the policy
-
-    def explore(self, old):
-        return one_noisy_step(old, self.args.num_steps, self.args.noise_level)
-
-    def learn(self, policy, optimizer, batch, success):
-        """Advantages of std 1, then minibatch steps -> info. GRPO's are the labels that are centred
-        on each start: centred on the batch as well, starts that always succeed would lose."""
-        if self.critic:
-            limit = -(-self.args.max_steps // self.args.horizon)  # of an episode, in chunks
-            batch["elapsed"] = elapsed_time(batch["episode"], limit)
-            with torch.no_grad():
-                parts = torch.arange(len(batch["x"])).split(4096)
-                shown = (flow.to_device(flow.take(batch, rows), policy) for rows in parts)
-                values = torch.cat([self.critic(policy.encode(rows), rows["elapsed"]).cpu()
-                                    for rows in shown])
-            y, batch["returns"] = gae(values, success, batch["episode"])
-            y = y - robot.gather(y).mean()
-        else:
-            y = nft.labels(success, batch["episode"], self.args.group_size)
-        batch["y"] = y / (robot.gather(y).std() + 1e-6)  # `recorded_steps` hands them on as y
-        return ppo_update(policy, self.critic, optimizer, robot.equal_rows(batch),
-                          epochs=self.args.epochs, minibatch=self.args.minibatch,
-                          target_kl=self.args.target_kl)
-
-    def decay(self, iteration):
-        return 0.0  # on-policy: the old policy is the trained one
-
-
-def make_method(args, policy):
-    """--algo as `train` of 04 uses it."""
-    if args.algo == "stepnft":
-        return robot.StepNFT(args)
-    torch.manual_seed(args.seed)
-    critic = Critic(policy.context_dim).to(args.device) if args.algo == "ppo" else None
-    return PPO(args, critic)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -208,82 +191,65 @@ def make_world(args, demo_noise=None, film=None):
 
 def policy_config(args):
     """All that makes this run's policy, as its checkpoints keep it."""
-    config = dict(horizon=args.horizon, depth=3)
     if args.task == "PixelGap":
-        return dict(config, action_dim=2, state_dim=2, cameras=1, language=False, slots=0,
-                    width=128, small_images=True)
+        return dict(kind="small_images", horizon=args.horizon, action_dim=2, state_dim=2, cameras=1,
+                    language=False, width=128, depth=3)
+    config = dict(horizon=args.horizon, action_dim=maniskill.ACTION_DIM,
+                  state_dim=maniskill.state_size(args.task, args.obs), width=256, depth=3)
     slots = maniskill.slots(args.task)  # things that an instruction may name
-    return dict(config, action_dim=maniskill.ACTION_DIM,
-                state_dim=maniskill.state_size(args.task, args.obs),
-                cameras=int(args.obs == "rgb"), language=slots > 0,
-                slots=slots * (args.obs == "state"), width=256, small_images=False)
+    if slots and args.obs == "state":
+        return dict(config, kind="slots", slots=slots)
+    return dict(config, kind="robot", cameras=int(args.obs == "rgb"), language=slots > 0)
 
 
-def make_policy(args):
-    return robot.build_policy(policy_config(args))
-
-
-def collect_demos(args):
-    """The expert's first successes -> [(rows, actions (T, 4)), ...]."""
-    candidates = [flow.episode_seeds("demo", 10 * args.num_demos, args.seed)]
-    return robot.scripted_demos(make_world(args, demo_noise=args.demo_noise), candidates,
-                                args.num_demos)
-
-
-def starts(args, iteration):
-    """Seeds of an iteration's episodes: group_size neighbours share one."""
-    seeds = flow.episode_seeds("train", args.episodes // args.group_size, args.seed, iteration)
-    return np.repeat(seeds, args.group_size)
-
-
-def log_test(args, policy, axis, variant, success):
-    """A row of test.csv, and a line that tells it -> the rate."""
-    nft.log_row(args.out / "test.csv", {"policy": policy, "task": args.task, "axis": axis,
-                                        "variant": variant, **robot.rated(success)})
-    return robot.report(f"{args.task}, {axis}, {variant}, {policy}", success)
-
-
-def test_ood(policies, args, world):
-    """Every policy on every variant, the same seeds each time -> test.csv and a table of axes."""
-    rates = {name: {} for name in policies}
-    suite = (pixel_gap.VARIANTS if args.task == "PixelGap" else
-             maniskill.variants(args.task, args.obs))
-    for axis, variant, changes in suite:
-        world.change(changes=changes)
-        for name, policy in policies.items():
-            seeds = flow.episode_seeds("test", args.ood_episodes, iteration=1)
-            success = robot.evaluate(policy, world, seeds, args.num_steps)
-            rates[name].setdefault(axis, []).append(
-                log_test(args, name, axis, variant, success))
-    axes = list(dict.fromkeys(axis for axis, *_ in suite))
-    print(f"{'':<12}" + "".join(f"{axis:>17}" for axis in [*axes, "OOD mean"]))
-    for name, by_axis in rates.items():
-        means = [np.mean(by_axis[axis]) for axis in axes]  # the OOD mean is the mean of the axes
-        print(f"{name:<12}" + "".join(f"{m:17.3f}" for m in [*means, np.mean(means[1:])]))
+def clone(args):
+    """The SFT policy: this run's (--resume), another run's (--sft), or trained on demos."""
+    if args.resume or args.sft:
+        policy = load_policy(args.sft or args.resume.parent / "sft.pt", args.device)
+    else:
+        candidates = [episode_seeds("demo", 10 * args.num_demos, args.seed)]
+        world = make_world(args, demo_noise=args.demo_noise)
+        demos = scripted_demos(world, candidates, args.num_demos)  # the expert's first successes
+        chunks = torch.cat([flow.sliding_chunks(actions, args.horizon) for _, actions in demos])
+        policy = run.sft(args, lambda: build_policy(policy_config(args)), demos, chunks)
+    run.save(args.out / "sft.pt", policy, args)
+    return policy
 
 
 def test_all(policies, args, world):
-    """The test, on request the OOD suite and films of the last policy -> success of each."""
-    rates, seeds = [], flow.episode_seeds("test", args.test_episodes)
+    """The test, on request the OOD suite and films of the last policy -> success of each policy.
+    Every policy plays the same seeds in every variant: a row of test.csv each."""
     if not args.eval_only:  # its rows are added, under the path of the policy
         (args.out / "test.csv").unlink(missing_ok=True)
-    for name, policy in policies.items():
-        success = robot.evaluate(policy, world, seeds, args.num_steps)
-        rates.append(log_test(args, name, "test", "as in training", success))
+    seeds = episode_seeds("test", args.test_episodes)
+    tests = [("test", "as in training", {}, seeds)]
     if args.eval_ood:
-        test_ood(policies, args, world)
+        suite = (pixel_gap.VARIANTS if args.task == "PixelGap"
+                 else maniskill.variants(args.task, args.obs))
+        tests += [(*variant, episode_seeds("test", args.ood_episodes, iteration=1))
+                  for variant in suite]
+    rates = {}  # (axis, policy) -> success in each variant
+    for axis, variant, changes, starts in tests:
+        if axis != "test":
+            world.change(changes=changes)
+        for name, policy in policies.items():
+            success = flow.evaluate(policy, world, starts, args.num_steps)
+            log_row(args.out / "test.csv", {"policy": name, "task": args.task, "axis": axis,
+                                                "variant": variant, **run.rated(success)})
+            rate = run.report(f"{args.task}, {axis}, {variant}, {name}", success)
+            rates.setdefault((axis, name), []).append(rate)
     world.close()
-    if args.video and not robot.rank_of()[0]:
-        filmed = make_world(args, film=args.out / "videos")
+    if args.video and not ranks.rank_of()[0]:
         *_, last = policies.values()
-        flow.evaluate(last, filmed, seeds[:args.video], args.num_steps)
-        filmed.close()
-        print(f"saved {len(seeds[:args.video])} episodes in {args.out}/videos")
-    return rates
+        run.film(args, make_world(args, film=args.out / "videos"), last, seeds)
+    tested = [rates.pop(("test", name))[0] for name in policies]
+    if args.eval_ood:
+        run.show_axes(rates)
+    return tested
 
 
 # ------------------------------------------------------------------------------------------------
-# Flags and main
+# Flags, and the run
 
 # No noise on its demos, the expert always arrives; one transition a chunk, as PPO and GRPO have
 PIXEL_GAP = dict(num_demos=48, sft_steps=1500, iterations=160, episodes=512, eval_every=20,
@@ -293,7 +259,7 @@ PIXEL_GAP = dict(num_demos=48, sft_steps=1500, iterations=160, episodes=512, eva
 
 def parse_args(argv=None):
     """All flags, checked; fills in what depends on the task."""
-    parser = flow.Parser(__doc__)
+    parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("--task", default="PickCube-v1", help=f"{', '.join(maniskill.TASKS)}; or PixelGap, the toy "
         "world seen through a camera, which has defaults of its own")
@@ -301,39 +267,34 @@ def parse_args(argv=None):
         help="offsets of objects and goals, or a camera (needs a Vulkan driver); and the hand")
     add("--algo", default="stepnft", choices=["stepnft", "ppo", "grpo"],
         help="the method; PPO with a critic; PPO's objective with the group's mean in its place")
-    add("--target-kl", type=flow.positive_float, default=0.05,
+    add("--target-kl", type=flags.positive_float, default=0.05,
         help="ppo, grpo: the policy rests once an update has moved it so far")
-    add("--scenes", type=flow.positive_int, default=64, help="PixelGap: how many training has")
+    add("--scenes", type=flags.positive_int, default=64, help="PixelGap: how many training has")
     add("--eval-ood", action="store_true", help="also test out of distribution")
-    add("--ood-episodes", type=flow.positive_int, default=200, help="episodes of each variant")
-    robot.add_run_flags(parser, envs_per_core=2, iterations=18, eval_every=3, test_episodes=400,
+    add("--ood-episodes", type=flags.positive_int, default=200, help="episodes of each variant")
+    flags.add_method_flags(parser)
+    flags.add_run_flags(parser, envs_per_core=2, iterations=18, eval_every=3, test_episodes=400,
                         out="runs/05_train_maniskill", group_size=8, noise_level=0.3,
                         ema=[0.1, 0.5])
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--task")
-    if peek.parse_known_args(argv)[0].task == "PixelGap":
+    if parser.peek("--task", argv) == "PixelGap":
         parser.set_defaults(**PIXEL_GAP)
-    args = robot.parse_run(parser, argv)
+    args = flags.parse_run(parser, argv)
     args.action_repeat, pixels = 1, args.task == "PixelGap"
     if pixels:
-        for name in ("obs", "max_steps", "demo_noise", "num_envs", "video"):
-            if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{name.replace('_', '-')} belongs to the simulator: --task "
-                             "PixelGap does not use it")
+        parser.refuse(args, ["obs", "max_steps", "demo_noise", "num_envs", "video"],
+                      "belongs to the simulator: --task PixelGap does not use it")
     else:
         maniskill.check_task(args.task)
         args.max_steps = args.max_steps or maniskill.TASKS[args.task].max_steps
-    if args.scenes != parser.get_default("scenes") and not pixels:
-        parser.error("--scenes belongs to PixelGap")
-    if args.target_kl != parser.get_default("target_kl") and args.algo == "stepnft":
-        parser.error("--target-kl belongs to ppo and grpo")
-    for name in ("target", "beta", "max_drift", "dpo_beta", "ema", "transitions"):
-        if args.algo != "stepnft" and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} belongs to the method: --algo {args.algo} "
-                         "does not use it")
+        parser.refuse(args, ["scenes"], "belongs to PixelGap")
+    if args.algo == "stepnft":
+        parser.refuse(args, ["target_kl"], "belongs to ppo and grpo")
+    else:
+        parser.refuse(args, ["target", "beta", "max_drift", "dpo_beta", "ema", "transitions"],
+                      f"belongs to the method: --algo {args.algo} does not use it")
     if args.algo == "grpo" and args.group_size == 1:
         parser.error("--group-size 1: --algo grpo compares the episodes from one start, give 8")
-    robot.check_clone(parser, args, policy_config(args))
+    flags.check_clone(parser, args, policy_config(args))
     seen = not pixels and (args.obs == "rgb" or args.video)
     args.renderer = maniskill.find_renderer() if seen else None
     parser.make_folder("--out", args.out)
@@ -343,29 +304,75 @@ def parse_args(argv=None):
 def main():
     warnings.filterwarnings("ignore")  # the simulator's own, about drivers nobody needs here
     args, start = parse_args(), time.time()
-    robot.join_ranks(args)
+    ranks.join_ranks(args)
     torch.set_num_threads(torch.get_num_threads() if args.renderer else 1)  # a small net
     print(*(f"{k}={v}" for k, v in vars(args).items() if k != "flags"), flush=True)
     if args.eval_only:
-        policy = robot.load_policy(args.eval_only, args.device)
-        rate, = test_all({str(args.eval_only): policy}, args, make_world(args))
+        policy = load_policy(args.eval_only, args.device)
+        world = ranks.shared(make_world(args), args.device)
+        rate, = test_all({str(args.eval_only): policy}, args, world)
         return print(f"RESULT task={args.task} success={rate:.3f} episodes={args.test_episodes} "
                      f"seconds={time.time() - start:.0f}")
-    sft = robot.clone(args, make_policy, collect_demos)
-    world = make_world(args)
+    sft = clone(args)
+    policy, old = copy.deepcopy(sft), copy.deepcopy(sft)  # policy learns, old acts
+    ranks.average_gradients(policy)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
+    parts, critic = {"policy": policy, "old": old, "optimizer": optimizer}, None
+    if args.algo == "ppo":
+        torch.manual_seed(args.seed)
+        parts["critic"] = critic = Critic(sft.context_dim).to(args.device)
+        ranks.average_gradients(critic)
+        optimizer.add_param_group({"params": critic.parameters(), "lr": critic.lr})
+    state = run.begin(args, parts)
+    world = ranks.shared(make_world(args), args.device)
 
-    def validate(policy, name):
-        seeds = flow.episode_seeds("validation", args.eval_episodes)
-        success = robot.evaluate(policy, world, seeds, args.num_steps)
-        return robot.report(f"validation, {name}", success)
+    def validate(policy, what):
+        seeds = episode_seeds("validation", args.eval_episodes)
+        return run.report(f"validation, {what}",
+                          flow.evaluate(policy, world, seeds, args.num_steps))
 
-    method = make_method(args, sft)
-    policy, env_steps = robot.train(args, sft, world, method, functools.partial(starts, args),
-                                    validate)
-    policies = {"SFT": sft, args.algo: policy} if args.iterations else {"SFT": sft}
+    if args.iterations and not args.resume:
+        validate(sft, "SFT")
+    for i in range(state["iteration"], args.iterations):
+        print(f"iteration {i + 1}/{args.iterations}", flush=True)
+        run.random_stream(args.seed, i)
+        began = time.time()
+        # act: the old policy, with noise in every denoising step, or in one
+        explore = nft.explore if args.algo == "stepnft" else one_noisy_step
+        starts = episode_seeds("train", args.episodes // args.group_size, args.seed, i)
+        success, batch = world.play(explore(old, args.num_steps, args.noise_level),
+                                    np.repeat(starts, args.group_size))
+        played = time.time()
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - i / args.iterations)  # smaller steps late
+        # label, update, follow
+        if args.algo == "stepnft":
+            batch["y"] = nft.labels(success, batch["episode"], args.group_size)
+            info = update(policy, optimizer, batch, args)
+            alpha = nft.ema_decay(i, args.iterations, *args.ema)
+        else:
+            batch["y"] = advantages(policy, critic, batch, success, args)
+            info = ppo_update(policy, critic, optimizer, batch, args)
+            alpha = 0.0  # on-policy: the old policy is the trained one
+        nft.ema_update(old, policy, alpha)
+        updated = time.time()
+        # validate: the trained policy, without noise
+        rate = ""
+        if (i + 1) % args.eval_every == 0 or i + 1 == args.iterations:
+            rate = validate(policy, f"iteration {i + 1}")
+        # save; under torchrun `info`, loss and so on, is that of rank 0
+        row = run.count(args, state, success, batch)
+        log_row(args.out / "log.csv", {
+            **row, "eval_ode": rate, **info, "alpha": alpha, "rollout_seconds": played - began,
+            "update_seconds": updated - played})
+        run.save_last(args, parts, state)
+
+    policies = {"SFT": sft}
+    if args.iterations:
+        policies[args.algo] = policy
+        learning_figure(args.out / "log.csv", args.out / "learning.png")
     rates = zip(("sft", args.algo), test_all(policies, args, world))
-    print(f"RESULT task={args.task}", *(f"{name}={rate:.3f}" for name, rate in rates),
-          f"episodes={args.iterations * args.episodes} env_steps={env_steps} "
+    print(f"RESULT task={args.task}", *(f"{which}={rate:.3f}" for which, rate in rates),
+          f"episodes={args.iterations * args.episodes} env_steps={state['env_steps']} "
           f"seconds={time.time() - start:.0f}")
 
 

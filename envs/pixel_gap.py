@@ -1,4 +1,4 @@
-"""PixelGap: the toy world of 01 seen through a camera, the cheap world for questions about images.
+"""PixelGap: GapWorld seen through a camera, the cheap world for questions about images.
 
 The robot knows where it is; where the gap is, it must see: a picture of 16 x 16 pixels shows the
 wall, white, with its gap, before a background of coloured blocks. Training has 64 scenes, each a
@@ -6,18 +6,17 @@ texture with a gap of its own, so a network may memorise which texture has which
 the wall is open. Unseen textures tell the two apart; unseen gaps, both, and starts farther out are
 further tests (VARIANTS).
 
-    PixelGap().play(act, seeds) -> (success (episodes,) bool, rows)        as GapWorld.play in 01
+    PixelGap().play(act, seeds) -> (success (episodes,) bool, rows)        as GapWorld.play
 
 Nothing is rendered by a driver: numpy draws a picture once an episode.
 """
 
 import functools
-import importlib
 
 import numpy as np
 import torch
 
-flow = importlib.import_module("01_flow_policy")
+from envs.gap_world import GapWorld, expert_action
 
 PIXELS, BLOCKS = 16, 4              # a picture's width, and its blocks of colour side by side
 UNSEEN, UNSEEN_FROM = 64, 10**6     # how many textures no training has, and their first number
@@ -65,7 +64,7 @@ def picture(background, gap_y, half):
     return image.round().astype(np.uint8).transpose(2, 0, 1)
 
 
-class PixelGap(flow.GapWorld):
+class PixelGap(GapWorld):
     """GapWorld whose observation is state (N, 2), the robot's x and y, and rgb (N, 1, 3, 16, 16)
     uint8, one camera.
 
@@ -112,8 +111,8 @@ class PixelGap(flow.GapWorld):
                "rgb": self.rgb[:, None]}
         if self.demos:
             true_state = np.column_stack([self.position, self.gap_y]).astype(np.float32)
-            obs["action"] = torch.from_numpy(flow.expert_action(true_state))
+            obs["action"] = torch.from_numpy(expert_action(true_state))
         return obs
 
     def close(self):
-        """Nothing runs; 04 closes its worlds."""
+        """Nothing runs; 05 closes its worlds."""

@@ -17,7 +17,7 @@ from mani_skill.utils.registration import register_env
 from mani_skill.utils.scene_builder.table import TableSceneBuilder
 from mani_skill.utils.structs.pose import Pose
 
-from envs.maniskill import COLOURS, SHAPES, TRAINED
+from envs.pad_words import COLOURS, SHAPES, TRAINED
 
 
 @register_env("PutOnPad-v1", max_episode_steps=60)

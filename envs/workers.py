@@ -2,7 +2,7 @@
 
     Workers(make_env, num_envs).play(act, seeds) -> (success (episodes,) bool, rows)
 
-as GapWorld.play in 01. A simulator joins as a gymnasium.Env with four habits: its action is a
+as GapWorld.play. A simulator joins as a gymnasium.Env with four habits: its action is a
 whole chunk (H, A), its observation a dict of arrays; step's info tells `executed`, how many of the
 H actions ran before the episode ended, and `success`; a seed is an episode: the same start in any
 process, after any other episode; and it bears being asked along while it has no episode to play, by
@@ -11,6 +11,7 @@ habits to anything that can reset, move by one action and look.
 """
 
 import functools
+import itertools
 import math
 from multiprocessing import connection
 from pathlib import Path
@@ -103,7 +104,7 @@ class Workers:
         self.ask([-1] * num_envs, [], self.envs.reset)  # every process has something to show
 
     def play(self, act, seeds):
-        """Plays one episode per seed -> (success (episodes,) bool, rows). See GapWorld.play in 01.
+        """Plays one episode per seed -> (success (episodes,) bool, rows). See GapWorld.play.
 
         All processes take a step together; one whose episode ends takes the next seed at once.
         Deterministic for given seeds, policy and number of processes; rows is {} without seeds.
@@ -167,3 +168,33 @@ class Workers:
 
     def close(self):
         self.envs.close()
+
+
+def follow_expert(obs):
+    """An `act`: the scripted expert's action, which the observation holds, as a chunk of one."""
+    return obs["action"][:, None], {}
+
+
+def scripted_demos(world, candidates, num_demos):
+    """The expert's first num_demos successes in each task -> [(rows, actions (T, A)), ...].
+
+    candidates: for each task, the seeds to try in this order. The world observes the expert's
+    action, and is closed at the end.
+    """
+    demos, missing = [], {task: num_demos for task in range(len(candidates))}
+    candidates = [iter(seeds) for seeds in candidates]
+    while missing:
+        tries = [(task, seed) for task, n in missing.items()
+                 for seed in itertools.islice(candidates[task], n)]
+        if not tries:
+            raise SystemExit(f"--num-demos {num_demos}: the expert failed too often; use less "
+                             "--demo-noise or more --max-steps")
+        success, rows = world.play(follow_expert, [seed for _, seed in tries])
+        episode, _ = rows.pop("episode"), rows.pop("mask")  # what is left was observed
+        for e in np.flatnonzero(success):
+            demo = {name: values[episode == e] for name, values in rows.items()}
+            demos.append((demo, demo.pop("action")))
+            missing[tries[e][0]] -= 1
+        missing = {task: n for task, n in missing.items() if n}
+    world.close()
+    return demos

@@ -9,7 +9,7 @@ The network and its weights are Hugging Face's (`PI0ForConditionalGeneration` of
 time and sign are ours: t = 1 is noise, v = noise - actions (Black et al. 2024). Images are fitted
 into the square that the network wants and scaled to [-1, 1], the sentence goes through the folder's
 own tokenizer. The state and the actions are padded with zeros to the network's width; what is
-padded takes part in the flow, as in pi0, but earns no credit (`credited` in 04).
+padded takes part in the flow, as in pi0, but earns no credit (`credited`).
 
 Nothing imports transformers before a policy is made.
 """
@@ -100,10 +100,12 @@ class PI0Policy(nn.Module):
     keeps of all its rows are the keys and values of images and sentence.
     """
 
+    kind = "pi0"
+
     def __init__(self, folder, horizon, action_dim, state_dim, train="expert", micro_batch=32):
         super().__init__()
-        self.config = dict(folder=str(folder), horizon=horizon, action_dim=action_dim,
-                           state_dim=state_dim, train=train)
+        self.config = dict(kind=self.kind, folder=str(folder), horizon=horizon,
+                           action_dim=action_dim, state_dim=state_dim, train=train)
         self.model = load(folder, "PI0ForConditionalGeneration").float()
         self.tokenizer, config = load(folder, "AutoTokenizer"), self.model.config
         if config.max_action_dim < action_dim or config.max_state_dim < state_dim:
@@ -146,6 +148,7 @@ class PI0Policy(nn.Module):
 
     def normalise(self, actions):
         """(B, H, A_env) -> flow units (B, H, A)."""
+        actions = actions.to(self.action_scale.device)
         actions = nn.functional.pad(actions, (0, self.action_dim - actions.shape[-1]))
         return (actions - self.action_centre) / (self.action_scale + 1e-6)
 
@@ -158,7 +161,8 @@ class PI0Policy(nn.Module):
         """rgb (B, cameras, 3, h, w) uint8, tokens (B, L) uint8, state (B, S) -> ctx: for each
         micro-batch its state, which tokens there are, and every layer's keys and values of them."""
         parts = torch.arange(len(obs["state"])).split(self.micro_batch)
-        inputs = {name: obs[name] for name in ("rgb", "tokens", "state") if name in obs}
+        device = self.action_scale.device
+        inputs = {name: obs[name].to(device) for name in ("rgb", "tokens", "state") if name in obs}
         return [checkpoint(self.vlm_pass, {name: z[rows] for name, z in inputs.items()},
                            use_reentrant=False) for rows in parts]
 

@@ -3,16 +3,15 @@
 Each rank plays its share of the episodes and learns from its own rows. Gradients are averaged as
 backward makes them, so every rank takes the same steps and holds the same policy:
 
-    join_ranks(args)                        once, before anything is made
-    average_gradients(policy)               once, before it learns
-    success = gather(play(share(seeds)))    each its part, then all of them again
-    update(equal_rows(batch))               a step is taken by all ranks or by none
+    join_ranks(args)                     once, before anything is made
+    average_gradients(policy)            once, before it learns
+    world = shared(world, device)        its `play` looks as if one rank had played everything
+    for rows in minibatches(count, n)    a step is taken by all ranks or by none
 
 Without torchrun there is one rank, to which all of this changes nothing.
 """
 
 import datetime
-import importlib
 import os
 import sys
 import tempfile
@@ -21,8 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-
-flow = importlib.import_module("01_flow_policy")
 
 
 def join_ranks(args):
@@ -65,6 +62,46 @@ def gather(values):
     return (torch.cat if torch.is_tensor(values) else np.concatenate)(parts)
 
 
+def to_device(tensors, device):
+    """A dict of tensors -> the same on a device."""
+    return {name: values.to(device) for name, values in tensors.items()}
+
+
+class OnDevice:
+    """A world for a policy on `device`: act sees tensors there, rows come back to the CPU."""
+
+    def __init__(self, world, device):
+        self.world, self.device = world, device
+
+    def __getattr__(self, name):  # change, close, ...
+        return getattr(self.world, name)
+
+    def play(self, act, seeds):
+        def act_there(obs):
+            actions, record = act(to_device(obs, self.device))
+            return actions.cpu(), to_device(record, "cpu")
+
+        return self.world.play(act_there, seeds)
+
+
+class Shared(OnDevice):
+    """Such a world, which all ranks play together."""
+
+    def play(self, act, seeds):
+        """Each rank plays its share -> (success of all the episodes, the rows of this rank, whose
+        `episode` counts among all)."""
+        own = share(np.arange(len(seeds)))
+        success, rows = super().play(act, np.asarray(seeds)[own])
+        if len(own):
+            rows["episode"] = rows["episode"] + own[0]
+        return gather(success), rows
+
+
+def shared(world, device):
+    """-> the world, played by all ranks with a policy on `device`."""
+    return Shared(world, device) if rank_of()[1] > 1 else OnDevice(world, device)
+
+
 def average_gradients(module):
     """From now on every backward leaves the mean of all ranks' gradients."""
     def average(parameter):
@@ -76,8 +113,8 @@ def average_gradients(module):
             parameter.register_post_accumulate_grad_hook(average)
 
 
-def equal_rows(batch):
-    """Each rank keeps as many rows, at random, as the one with fewest: as many steps on each."""
-    count = len(batch["mask"])
+def minibatches(count, size):
+    """A random order of `count` rows in parts of `size`: one epoch. Each rank takes as many rows,
+    at random, as the one with fewest: as many steps on each."""
     fewest = int(gather(torch.tensor([count])).min())
-    return flow.take(batch, torch.randperm(count)[:fewest]) if fewest < count else batch
+    return torch.randperm(count)[:fewest].split(size)
