@@ -8,9 +8,9 @@ it draws Gaussian noise x_1 and follows a learned velocity until the chunk x_0 i
 Flow matching learns the velocity from demonstrations: mix a chunk with noise on a straight line and
 regress the line's direction. No likelihood of an action is computed; a policy gradient needs one.
 
-The world: a point robot, a wall with a gap. Six demonstrations start near the middle of the left
-edge, the test anywhere on it. The clone (SFT, supervised fine-tuning) is good where it has seen
-demonstrations and poor elsewhere; 03 mends that. (Time runs as in pi-0, not as in Lipman et al.)
+The world: a point robot, a wall with a gap. It sees x, y and the gap's height, and its action is a
+velocity in [-1, 1]^2. Six demonstrations start near the middle of the left edge (|y| < 0.3), the
+test anywhere on it (0.9). The clone (SFT, supervised fine-tuning) is good where they were.
 
 Run:     python 01_flow_policy.py          (about 10 s on one CPU core)
 Prints:  success from the starts of the demonstrations (narrow) and from everywhere (wide).
@@ -27,7 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from envs.gap_world import GapWorld, draw_episodes, episode_seeds, expert, expert_demos
-from tools import flags
+from tools import files, flags
 
 # Shapes: B batch, H actions a chunk, A action dims, K denoising steps, S state dims, N rows of data
 # or episodes, T steps of a demo. "Flow units": normalised actions.
@@ -87,7 +87,7 @@ class FlowPolicy(nn.Module):
 
 def flow_matching_loss(policy, obs, x_0):
     """Mean squared error of the velocity at a random point of the line from x_0 (B, H, A), in flow
-    units, to noise -> scalar. (Lipman et al. 2023; pi-StepNFT, section 3)"""
+    units, to noise -> scalar. (Lipman et al. 2023, whose time runs the other way.)"""
     x_1 = torch.randn_like(x_0)                                                    # (B, H, A)
     t = torch.rand(len(x_0), 1, 1, device=x_0.device)                              # (B, 1, 1)
     x_t = (1 - t) * x_0 + t * x_1
@@ -149,7 +149,7 @@ def ode_sample(policy, obs, num_steps, x_1=None):
 
 
 def ode_act(policy, num_steps):
-    """An `act` for a world's `play`: chunks as the policy would play them on the robot."""
+    """An `act` for a world's `play`: chunks without noise on the way; {}: nothing to record."""
     return lambda obs: (policy.denormalise(ode_sample(policy, obs, num_steps)), {})
 
 
@@ -167,14 +167,14 @@ def toy_policy(seed=0, num_demos=6, steps=3000, folder="runs/01_flow_policy"):
     torch.manual_seed(seed)
     policy = FlowPolicy(horizon=4, action_dim=2, state_dim=3)
     if not path.exists():
+        files.make_folder(folder)
         demos = expert_demos(num_demos, seed)
         states = torch.cat([states for states, _ in demos])                        # (N, 3)
         chunks = torch.cat([sliding_chunks(actions, 4) for _, actions in demos])   # (N, 4, 2)
         loss = train_sft(policy, {"state": states}, chunks, steps)
         print(f"{path} was missing: trained, with a flow matching loss of {loss:.3f}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(policy.state_dict(), path)
-    policy.load_state_dict(torch.load(path, weights_only=True))
+        files.save(policy.state_dict(), path)
+    policy.load_state_dict(files.load(path))
     return policy
 
 
@@ -217,4 +217,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    flags.call(main)

@@ -1,8 +1,8 @@
 """02 - Wider space: noise in every denoising step.
 
-The ODE of 01 tries only what the demonstrations did. So every step here draws noise, and a shift of
-its mean, the correction, takes back what noise alone would blur. With fine steps it takes back all;
-with K = 4 coarse ones the chunks come out wider, and that is the exploration:
+The ODE of 01 tries only what the demonstrations did. So every step here draws noise. A shift of its
+mean, the correction, keeps the policy's distribution if steps are fine; with K = 4 coarse ones most
+of the width remains, and that is the exploration:
 
     x_next ~ N(mean, std^2),   mean = (1 - t_next) x0_hat + (t_next - sigma^2 dt / (2 t)) x1_hat
                                std  = sigma sqrt(dt),     sigma = noise_level sqrt(t / (1 - t))
@@ -10,11 +10,11 @@ with K = 4 coarse ones the chunks come out wider, and that is the exploration:
 x0_hat = x_t - t v and x1_hat = x_t + (1 - t) v are the ends of 01's line that the velocity points
 at: the mean chunk and the mean noise that x_t may come from, E[x_0 | x_t] and E[x_1 | x_t].
 `transition` says where the correction comes from. Every step is a Gaussian with a known mean, which
-is all that 03 needs; the last one is noisy too, as a step with one outcome leaves nothing to rank.
+is all that 03 needs; the last is noisy too, as from a step with one outcome nothing is learned.
 
 Run:     python 02_sde_sampler.py          (about 15 s on one CPU core)
-Prints:  for each noise level: spread of chunks, of ways at the wall, distance to the ODE, success.
-Saves:   runs/02_sde_sampler/{width.png, width.csv}
+Prints, saves (runs/02_sde_sampler/{width.png, width.csv}): for each noise level the spread of
+         chunks, of ways at the wall, distance to the ODE, success.
 """
 
 import importlib
@@ -29,8 +29,8 @@ from envs.gap_world import GapWorld, episode_seeds
 from tools import flags
 from tools.log import log_row
 
-flow = importlib.import_module("01_flow_policy")
-FINE = 64  # enough steps to see which sampler keeps the marginals; K = 4 widens both
+flow = importlib.import_module("01_flow_policy")  # a name with a digit first needs this
+FINE = 64  # enough steps to see which sampler keeps 01's distribution; K = 4 widens both
 
 # ------------------------------------------------------------------------------------------------
 # The grid, the noise, one step, a path; then two measures of a sampler
@@ -42,8 +42,8 @@ def time_grid(num_steps):
 
 
 def noise_scale(times, noise_level):
-    """sigma_k at the start of each step: times (K+1,) -> (K,), or (B, K) as the noise_level. (Flow-
-    SDE, as in Flow-GRPO.) At t = 1 the denominator would be 0 and uses the next grid time."""
+    """sigma_k at the start of each step: times (K+1,) -> (K,), or (B, K) if noise_level is. (Flow-
+    SDE, as in Flow-GRPO.) At t = 1, where 1 - t is 0, the next grid time replaces t in it."""
     t, t_next = times[:-1], times[1:]
     # sigma_k = a sqrt(t_k / (1 - t_k)),   a = noise_level
     return noise_level * torch.sqrt(t / (1 - torch.where(t == 1, t_next, t)))
@@ -58,11 +58,11 @@ def transition(x_t, v, t_cur, t_next, sigma, corrected=True):
     dt = t_cur - t_next
     x0_hat = x_t - t_cur * v
     x1_hat = x_t + (1 - t_cur) * v
-    # Noise of variance sigma^2 dt spreads a density p by dt sigma^2/2 laplace p (Fokker-Planck),
-    # and laplace p = div(p grad log p): as if all points drifted by -dt sigma^2/2 grad log p. So
-    # the mean adds dt sigma^2/2 grad log p. Given x_0, x_t is N((1 - t) x_0, t^2), and grad log p
-    # is -(x_t - (1 - t) x_0) / t^2 = -x_1 / t; over all x_0 the mean of that, -x1_hat / t. (Exact
-    # for small steps and the exact velocity; nearly so for a fitted one, less after RL.)
+    # A drift b changes a density p by -div(p b) dt; noise changes it by sigma^2/2 laplace p dt
+    # (Fokker-Planck). As laplace p = div(p grad log p), noise acts as the drift -sigma^2/2 grad
+    # log p would, and the mean adds the opposite. Given x_0, x_t is N((1 - t) x_0, t^2), so grad
+    # log p is -(x_t - (1 - t) x_0) / t^2 = -x_1 / t; over all x_0 its mean, -x1_hat / t. (Exact
+    # for small steps and the exact velocity, nearly so for a fitted one, less after RL.)
     correction = sigma**2 * dt / (2 * t_cur) if corrected else 0
     # the Euler step is (1 - t_next) x0_hat + t_next x1_hat
     mean = (1 - t_next) * x0_hat + (t_next - correction) * x1_hat
@@ -82,9 +82,9 @@ def sde_sample(policy, obs, num_steps, noise_level, x_1=None, corrected=True):
     sigmas = noise_scale(times, noise_level).expand(B, num_steps)                 # (B, K)
     xs, vs = [x_t], []
     for k in range(num_steps):
-        v = policy.velocity(x_t, times[k].expand(B), ctx)
+        v = policy.velocity(x_t, times[k].expand(B), ctx)                         # 4, see 03
         mean, std = transition(x_t, v, times[k], times[k + 1], sigmas[:, k, None, None], corrected)
-        x_t = mean + std * torch.randn_like(mean)
+        x_t = mean + std * torch.randn_like(mean)                                 # 5
         xs.append(x_t)
         vs.append(v)
     return x_t, SamplingPath(torch.stack(xs, 1), torch.stack(vs, 1), sigmas)
@@ -122,7 +122,7 @@ def main():
     add("--episodes", type=flags.positive_int, default=500, help="a row, for each column")
     add("--out", type=Path, default="runs/02_sde_sampler", help="folder of the table and figure")
     args = parser.parse_args()
-    parser.make_folder("--out", args.out)
+    parser.claim_folder("--out", args.out)
     torch.set_num_threads(1)  # on nets this small, threads only wait for each other
     (args.out / "width.csv").unlink(missing_ok=True)
     start, policy, world = time.time(), flow.toy_policy(args.seed), GapWorld()
@@ -130,10 +130,11 @@ def main():
     one_obs = {"state": torch.tensor([flow.ONE_STATE]).expand(args.samples, 3)}
     ode = flow.ode_sample(policy, one_obs, args.num_steps)
     ode_fine = flow.ode_sample(policy, one_obs, FINE)
-    floor = marginal_distance(ode_fine, flow.ode_sample(policy, one_obs, FINE))
-    print(f"distance between two ODE samples (the noise floor of both columns): {floor:.4f}")
+    floor = np.mean([marginal_distance(ode_fine, flow.ode_sample(policy, one_obs, FINE))
+                     for _ in range(10)])
+    print(f"distance between two ODE samples, mean of ten (the columns' noise floor): {floor:.4f}")
     print(f" noise        mean   spread  at wall distance  at K={FINE}  success")
-    table, fans = [], {}
+    seeds, table, fans = episode_seeds("test", args.episodes), [], {}
     for noise_level, corrected in [(a, True) for a in args.noise_levels] + [
             (a, False) for a in args.noise_levels if a > 0]:  # no noise, nothing to correct
         def sample(obs, num_steps=args.num_steps):
@@ -143,7 +144,6 @@ def main():
             return policy.denormalise(sample(obs)), {}
 
         x_0, fine = sample(one_obs), sample(one_obs, FINE)
-        seeds = episode_seeds("test", args.episodes)
         world.play(act, seeds[:1].repeat(args.episodes))  # from one start: the sampler's width
         at_wall = wall_spread(world.trail)
         success, _ = world.play(act, seeds)
@@ -187,4 +187,4 @@ def figure(fans, table, path):
 
 
 if __name__ == "__main__":
-    main()
+    flags.call(main)

@@ -1,16 +1,22 @@
 """03 - Finer steps: the ranking loss of pi-StepNFT, and the reinforcement learning iteration.
 
 02 recorded noisy denoising steps x_t -> x_next, each a draw from a Gaussian whose mean is affine in
-the velocity, so one step can be judged by itself. Mirror the trained velocity around the one that
-acted, v_pos = v_old + beta delta and v_neg = v_old - beta delta with delta = v_theta - v_old, and
-ask which of these two branches explains the observed x_next better:
+the velocity, so one step can be judged by itself: which of two velocities, mirrored around the one
+that acted, explains x_next better? After a success v_pos should (if beta = 1 that is v_theta), and
+after a failure its mirror image, v_neg. (NFT: negative-aware fine-tuning.)
 
-    E(v) = |x_next - mean(v)|^2 / (std^2 + 1e-4)                of each action
-    L    = softplus(dpo_beta / 2 * y * (E_pos - E_neg))         y = +1 success, -1 failure
-
-A success says that v_pos should win, a failure v_neg. New since 02: this loss, and the iteration in
-`train_toy`. The numbers in the margin are those of the README's pseudocode. Unlike in the paper's
-code, an episode that succeeds in its very last chunk counts as a success.
+     1  policy <- SFT on a few demonstrations;   old <- policy
+     2  for each iteration:
+     3      for each chunk that old plays:   x_t <- noise
+     4          for each of K steps:   v_old <- old(x_t, t, observation)
+     5              x_next ~ N(mean(v_old), std^2)
+     6      y <- +1 for every chunk of an episode that succeeded, else -1
+     7      for each minibatch of recorded steps x_t -> x_next:
+     8          delta <- policy(x_t, t, observation) - v_old
+     9          v_pos, v_neg <- v_old + beta delta, v_old - beta delta
+    10          E_pos, E_neg <- |x_next - mean(v)|^2 / (std^2 + 1e-4)   of v_pos and of v_neg
+    11          minimise softplus(dpo_beta / 2 y (E_pos - E_neg))
+    12      old <- alpha old + (1 - alpha) policy                 The numbers stand in the margin.
 
 Run:     python 03_step_loss.py            (about 25 s on one CPU core, SFT included)
 Prints:  success so far beside the progress bar, then RESULT before (sft) and after (stepnft).
@@ -29,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from envs.gap_world import GapWorld, draw_episodes, episode_seeds
-from tools import flags
+from tools import files, flags
 from tools.log import draw_learning, log_row, read_log
 
 flow = importlib.import_module("01_flow_policy")
@@ -54,20 +60,7 @@ def step_error(v, x_t, x_next, t_cur, t_next, sigma, var_eps=1e-4):
     """E(v): how badly a velocity explains a step x_t -> x_next, summed over action dims: (B, H)."""
     t_cur, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))     # (B, 1, 1)
     mean, std = sde.transition(x_t, v, t_cur, t_next, sigma)
-    # E = sum over action dims of (x_next - mean(v))^2 / (std^2 + eps)
     return ((x_next - mean).pow(2) / (std**2 + var_eps)).sum(-1)                         # 10
-
-
-def endpoint_error(v, x_t, x_0, t_cur, t_next, sigma, var_eps=1e-4):
-    """The contrast, DiffusionNFT's target: how badly x0_hat = x_t - t v predicts the end of the
-    path, summed likewise: (B, H). The variance is that of the step, as in the official code."""
-    t_cur, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))     # (B, 1, 1)
-    x0_hat = x_t - t_cur * v
-    # E = sum over action dims of (x_0 - x0_hat(v))^2 / (std^2 + eps),     std^2 = sigma^2 dt
-    return ((x_0 - x0_hat).pow(2) / (sigma**2 * (t_cur - t_next) + var_eps)).sum(-1)
-
-
-TARGETS = {"next": step_error, "endpoint": endpoint_error}
 
 
 def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=None, *, beta=1.0,
@@ -78,7 +71,8 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
     sigma, y are (B,); mask (B, H) marks executed actions. Only v_theta carries a gradient. Added
     is a pull to v_old, kl_weight times the mean over dims of (v_theta - v_old)^2. info: loss,
     without the pull; rank_accuracy, share of actions whose E is lower in the branch that should
-    win; margin, y (E_neg - E_pos); drift, |v_theta - v_old|; clipped, share above max_drift.
+    win (y = 0 counts as a miss); margin, y (E_neg - E_pos); drift, |v_theta - v_old|; clipped,
+    share above max_drift.
     """
     assert v_theta.shape == v_old.shape == x_t.shape == target.shape, "expected four (B, H, A)"
     assert y.shape == t_cur.shape == x_t.shape[:1], f"y has shape {tuple(y.shape)}, expected (B,)"
@@ -86,15 +80,17 @@ def step_nft_loss(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask=Non
     y, v_old = y[:, None], v_old.detach()
     v_pos, v_neg = mirror(v_theta, v_old, beta, max_drift)
     E_pos, E_neg = (error(v, x_t, target, t_cur, t_next, sigma) for v in (v_pos, v_neg))
-    # At delta = 0 this is ln 2, and its gradient REINFORCE's on this one step. Further on the
-    # squares cancel in E_pos - E_neg: linear in delta, so the slope fades once a branch has won.
+    # At delta = 0 this is ln 2, a tie, and its gradient REINFORCE's for this step, times beta
+    # dpo_beta. What is quadratic in delta cancels in E_pos - E_neg: the slope fades once the right
+    # branch wins, and doubles if the wrong one does. The loss stays near ln 2 although success
+    # rises: the noise of one step decides little of an episode.
     loss = executed_mean(F.softplus(dpo_beta / 2 * y * (E_pos - E_neg)), mask)           # 11
     with torch.no_grad():
         drift, margin = (v_theta - v_old).norm(dim=-1), y * (E_neg - E_pos)       # (B, H)
         info = {"rank_accuracy": margin > 0, "margin": margin, "drift": drift,
                 "clipped": drift > max_drift}
         info = {name: (z * mask).sum() / mask.sum().clamp(min=1) for name, z in info.items()}
-    pull = executed_mean((v_theta - v_old).pow(2).mean(-1), mask)  # a KL would weigh it by t
+    pull = executed_mean((v_theta - v_old).pow(2).mean(-1), mask)  # a KL would weigh each step
     return loss + kl_weight * pull, {"loss": loss.detach(), **info}
 
 
@@ -105,8 +101,19 @@ def executed_mean(values, mask):
     return per_row.sum() / (actions > 0).sum().clamp(min=1)
 
 
+def endpoint_error(v, x_t, x_0, t_cur, t_next, sigma, var_eps=1e-4):
+    """A contrast, DiffusionNFT's target: how badly x0_hat predicts the end of the path: (B, H). The
+    variance, sigma^2 dt, is that of the step, as in the official code."""
+    t_cur, t_next, sigma = (z[:, None, None] for z in (t_cur, t_next, sigma))     # (B, 1, 1)
+    x0_hat = x_t - t_cur * v
+    return ((x_0 - x0_hat).pow(2) / (sigma**2 * (t_cur - t_next) + var_eps)).sum(-1)
+
+
+TARGETS = {"next": step_error, "endpoint": endpoint_error}
+
+
 # ------------------------------------------------------------------------------------------------
-# One RL iteration: rollout, labels, update, ema_update
+# One RL iteration: rollout, labels, update, ema_update; `train_toy` has the loop
 
 
 def explore(policy, num_steps, noise_level):
@@ -130,7 +137,8 @@ def labels(success, episode, group_size=1):
 
 def recorded_steps(policy, batch, ctx):
     """One recorded denoising step of each row, step number k, with the velocity that `policy` has
-    there now. batch: x, v, sigma of the path (02), k, y (B,), mask (B, H); ctx = encode(batch)
+    there now. batch: the observation, x, v, sigma of the path (02), k, y (B,), mask (B, H); ctx
+    = encode(batch)
     -> dict of v_theta, v_old, x_t, x_next, x_0 (B, H, A), t_cur, t_next, sigma, y (B,), mask."""
     rows, k = torch.arange(len(batch["k"])), batch["k"]
     times = sde.time_grid(batch["v"].shape[1]).to(k.device)
@@ -162,6 +170,8 @@ def optimise(learners, optimizer, loss, grad_clip):
     optimizer.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(learners.parameters(), grad_clip)
+    if not norm.isfinite():
+        raise SystemExit("the gradient is no number any more: give a lower --lr")
     optimizer.step()
     return norm
 
@@ -171,8 +181,8 @@ def mean_info(infos):
 
 
 def ema_decay(iteration, iterations, start=0.1, end=0.995):
-    """alpha at an iteration, a half cosine from start (old follows at once) to end (old rests):
-    end - (end - start) (1 + cos(pi i / n)) / 2 at iteration i of n, counted from 0."""
+    """alpha at iteration i of n, a half cosine: end - (end - start) (1 + cos(pi i / n)) / 2. The
+    paper's ends: old follows nearly at once, later it rests. 03 keeps 0.1 (--ema 0.1 0.1)."""
     return end - (end - start) * (1 + math.cos(math.pi * iteration / iterations)) / 2
 
 
@@ -183,17 +193,13 @@ def ema_update(old, new, decay):
         p_old.lerp_(p_new, 1 - decay)
 
 
-# ------------------------------------------------------------------------------------------------
-# The method on the toy world
-
-
 def train_toy(args, log=None):
     """SFT -> pi-StepNFT on the toy world -> (SFT policy, trained policy, success of both)."""
     sft = flow.toy_policy(args.seed)                                                     # 1
     torch.manual_seed(args.seed)
     policy, old = copy.deepcopy(sft), copy.deepcopy(sft)  # policy learns, old acts
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
-    world = GapWorld()
+    world = GapWorld()  # starts anywhere, as in the test; those of the demonstrations were narrow
     test_seeds = episode_seeds("test", 1000)
     before = flow.evaluate(sft, world, test_seeds, args.num_steps).mean()
     bar = tqdm(range(args.iterations), desc="pi-StepNFT", disable=None)
@@ -201,7 +207,7 @@ def train_toy(args, log=None):
         starts = episode_seeds("train", args.episodes // args.group_size, args.seed, iteration)
         seeds = np.repeat(starts, args.group_size)
         success, batch = world.play(explore(old, args.num_steps, args.noise_level), seeds)  # 3
-        batch["k"] = torch.randint(args.num_steps, (len(batch["x"]),))
+        batch["k"] = torch.randint(args.num_steps, (len(batch["x"]),))  # one step of each chunk
         batch["y"] = labels(success, batch["episode"], args.group_size)
         info = update(policy, optimizer, batch, target=args.target, beta=args.beta,
                       max_drift=args.max_drift, dpo_beta=args.dpo_beta)
@@ -227,8 +233,6 @@ def figure(sft, policy, before, after, args):
         draw_episodes(ax, GapWorld(), flow.ode_act(shown, args.num_steps),
                       f"{when}: {rate:.1%} of 1,000 test episodes arrive")
     draw_learning(read_log(args.out / "log.csv"), *axes[1])
-    # The loss stays near ln 2, where both branches tie, although success rises: the noise of a
-    # single step decides little of an episode, so the right branch wins only a bit more often.
     axes[1, 1].axhline(math.log(2), color="0.6", ls="--", label="ln 2: the branches tie")
     axes[1, 1].legend(frameon=False)
     fig.savefig(args.out / "learning.png", dpi=120)
@@ -245,7 +249,7 @@ def parse_args(argv=None):
     flags.add_method_flags(parser)  # noise, beta and so on, with the paper's values
     args = parser.parse_args(argv)
     flags.check_method(parser, args)
-    parser.make_folder("--out", args.out)
+    parser.claim_folder("--out", args.out)
     return args
 
 
@@ -254,11 +258,11 @@ def main():
     torch.set_num_threads(1)  # on nets this small, threads only wait for each other
     (args.out / "log.csv").unlink(missing_ok=True)
     sft, policy, before, after = train_toy(args, args.out / "log.csv")
-    torch.save(policy.state_dict(), args.out / "policy.pt")
+    files.save(policy.state_dict(), args.out / "policy.pt")
     figure(sft, policy, before, after, args)
     print(f"RESULT sft={before:.3f} stepnft={after:.3f} "
           f"episodes={args.iterations * args.episodes} seconds={time.time() - start:.0f}")
 
 
 if __name__ == "__main__":
-    main()
+    flags.call(main)

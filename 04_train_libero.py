@@ -236,7 +236,7 @@ def parse_args(argv=None, doc=__doc__):
         parser.error("--policy: a vision-language model sees, give --obs rgb")
     flags.check_clone(parser, args, policy_config(args))
     args.gl = libero.find_gl() if args.obs == "rgb" or args.video else None
-    parser.make_folder("--out", args.out)
+    parser.claim_folder("--out", args.out)
     return args
 
 
@@ -310,9 +310,9 @@ def main(update=update, name="pi-StepNFT", key="stepnft", doc=__doc__):
         learning_figure(args.out / "log.csv", args.out / "learning.png")
     rates = zip(("sft", key), test_all(policies, args).values())
     print(told, *(f"{which}={rate:.3f}" for which, rate in rates),
-          f"episodes={args.iterations * args.episodes} env_steps={state['env_steps']} "
+          f"episodes={state['iteration'] * args.episodes} env_steps={state['env_steps']} "
           f"seconds={time.time() - start:.0f}")
 
 
 if __name__ == "__main__":
-    main()
+    flags.call(main)

@@ -297,7 +297,7 @@ def parse_args(argv=None):
     flags.check_clone(parser, args, policy_config(args))
     seen = not pixels and (args.obs == "rgb" or args.video)
     args.renderer = maniskill.find_renderer() if seen else None
-    parser.make_folder("--out", args.out)
+    parser.claim_folder("--out", args.out)
     return args
 
 
@@ -372,9 +372,9 @@ def main():
         learning_figure(args.out / "log.csv", args.out / "learning.png")
     rates = zip(("sft", args.algo), test_all(policies, args, world))
     print(f"RESULT task={args.task}", *(f"{which}={rate:.3f}" for which, rate in rates),
-          f"episodes={args.iterations * args.episodes} env_steps={state['env_steps']} "
+          f"episodes={state['iteration'] * args.episodes} env_steps={state['env_steps']} "
           f"seconds={time.time() - start:.0f}")
 
 
 if __name__ == "__main__":
-    main()
+    flags.call(main)

@@ -13,6 +13,8 @@ habits to anything that can reset, move by one action and look.
 import functools
 import itertools
 import math
+import multiprocessing
+import signal
 from multiprocessing import connection
 from pathlib import Path
 
@@ -38,6 +40,8 @@ class ChunkEnv(gym.Env):
 
     def __init__(self, make_sim, observation_space, action_dim, max_steps, horizon,
                  action_repeat=1, film=None):
+        if multiprocessing.parent_process():  # Ctrl-C is for the script, which ends its workers
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.make_sim, self.sim, self.film = make_sim, None, film
         self.max_steps, self.action_repeat = max_steps, action_repeat
         self.observation_space = observation_space
@@ -99,8 +103,14 @@ class Workers:
 
     def __init__(self, make_env, num_envs, plays=lambda slot, seed: True, name=str):
         self.num_envs, self.plays, self.name = num_envs, plays, name
-        self.envs = gym.vector.AsyncVectorEnv([make_env] * num_envs, context="spawn",
-                                              autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+        try:
+            self.envs = gym.vector.AsyncVectorEnv(
+                [make_env] * num_envs, context="spawn",
+                autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+        except OSError as error:  # each takes pipes, and shared memory for what it observes
+            raise SystemExit(f"--num-envs {num_envs}: the system refused so many simulators "
+                             f"({error.strerror}); give fewer, or raise `ulimit -n` and the room "
+                             "in /dev/shm") from None
         self.ask([-1] * num_envs, [], self.envs.reset)  # every process has something to show
 
     def play(self, act, seeds):

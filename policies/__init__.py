@@ -24,7 +24,14 @@ def load_policy(path, device="cpu", micro_batch=32):
     """-> the policy of any checkpoint of 04 or 05; pi0's needs the folder it was made from, too."""
     content = torch.load(path, map_location=device, weights_only=True)
     policy = build_policy(content["config"], micro_batch).to(device)
-    policy.load_state_dict(content["policy"])
+    # torch's wrappers for several GPUs and for compiling prefix every name
+    weights = {name.removeprefix("module.").removeprefix("_orig_mod."): value
+               for name, value in content["policy"].items()}
+    try:
+        policy.load_state_dict(weights)
+    except RuntimeError as error:
+        told = " ".join(str(error).split())[:150]
+        raise SystemExit(f"{path}: these weights are not those of its config ({told})") from None
     return policy
 
 

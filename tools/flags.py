@@ -8,9 +8,21 @@ from the checkpoint, need not be repeated and may not be contradicted.
 import argparse
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
+
+from tools import files
+
+
+def call(main):
+    """main() of a script; Ctrl-C ends it in one line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; a run that has saved last.pt goes on with --resume", file=sys.stderr)
+        sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,9 +50,15 @@ class Parser(argparse.ArgumentParser):
     def make_folder(self, flag, path):
         """Last of all checks, so that a wrong call leaves nothing behind."""
         try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self.error(f"{flag} {path}: this folder cannot be made ({error.strerror})")
+            files.make_folder(path)
+        except SystemExit as error:
+            self.error(f"{flag} {error}")
+
+    def claim_folder(self, flag, path):
+        """The same for a folder whose files belong to one run."""
+        self.make_folder(flag, path)
+        if not files.lock(path):
+            self.error(f"{flag} {path}: another run is writing there; give a folder of its own")
 
 
 def number(kind, low, high=math.inf):

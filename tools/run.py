@@ -15,16 +15,17 @@ import numpy as np
 import torch
 
 from envs.gap_world import episode_seeds
+from tools import files
 from tools.ranks import OnDevice, average_gradients, gather, rank_of
 
 flow = importlib.import_module("01_flow_policy")
 
 
 def save(path, policy, args, **more):
-    """A policy and the flags it was trained with: the whole file or none."""
-    content = {"config": policy.config, "policy": policy.state_dict(), "flags": args.flags}
-    torch.save({**content, **more}, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    """A policy and the flags it was trained with. Rank 0 alone writes: the others have the same."""
+    if rank_of()[0] == 0:
+        content = {"config": policy.config, "policy": policy.state_dict(), "flags": args.flags}
+        files.save({**content, **more}, path)
 
 
 def save_last(args, parts, state):
@@ -60,6 +61,8 @@ def sft(args, make_policy, demos, chunks):
     average_gradients(policy)
     torch.manual_seed(args.seed + rank_of()[0])  # each rank draws minibatches of its own
     loss = flow.train_sft(policy, obs, chunks, args.sft_steps, args.sft_lr, args.sft_batch)
+    if not np.isfinite(loss):
+        raise SystemExit("SFT: the loss is no number any more: give a lower --sft-lr")
     policy.zero_grad()  # frees the gradients
     print(f"SFT: flow matching loss {loss:.3f}")
     return policy
