@@ -1,4 +1,4 @@
-"""Fills the result tables and the line numbers of README.md and results/*/README.md.
+"""Fills the result tables and the line numbers of the pages: README.md and those of the folders.
 
 Run:     python results/tables.py          (after new results, or after a script has moved)
 
@@ -14,8 +14,12 @@ column   NAME              as in the csv, floats with three decimals (NAME:.1f a
          AFTER-BEFORE      a gain, in points
 where    keeps some rows;  `mean row` adds a last one, `mean only` shows no other. May be left out.
 
-Without columns, a csv gets a table of its own shape: phase target x noise, ablations variant beside
-the paper, mechanism noise x part, a tuning arm x setting.
+Without columns, a csv gets a table of its own shape (see SHAPES): a grid of targets and noise
+levels, say; any other csv is a tuning, a row for each variant and a column for each setting. And
+
+    <!-- table: benchmarks -->
+
+is the one table of the front page: a row for each world, success before and after.
 
 Links such as [`mirror`](03_step_loss.py#L56) get the line on which that name is defined.
 tests/test_readme.py fails while a page differs from what this script would write.
@@ -31,11 +35,14 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
-robot, ablations, figures, study = map(importlib.import_module, (
-    "04_train_libero", "ablations", "figures", "study"))
-read = study.read
-PAGES = [ROOT / "README.md", *sorted((ROOT / "results").glob("*/README.md"))]
+sys.path.insert(0, str(ROOT))
+common = importlib.import_module("results.common")
+figures = importlib.import_module("results.figures")
+from tools.run import rated  # noqa: E402  (the line above tells where)
+
+read = common.read
+PAGES = [ROOT / "README.md"] + [path for folder in ("policies", "course", "results", "results/*")
+                                for path in sorted(ROOT.glob(f"{folder}/*.md"))]
 LINK = r"\[`([\w.]+)`\]\(([\w./]+\.py)#L(\d+)\)"
 
 
@@ -73,8 +80,8 @@ def cell(row, spec):
     value, bounds = float(row[name]), inner.split(",")
     if len(bounds) == 1:
         episodes = int(row[inner])
-        rated = robot.rated(np.arange(episodes) < round(value * episodes))
-        low, high = rated["low"], rated["high"]
+        found = rated(np.arange(episodes) < round(value * episodes))
+        low, high = found["low"], found["high"]
     else:
         low, high = (float(row[bound]) for bound in bounds)
     return f"{value:.3f} [{low:.3f},&nbsp;{high:.3f}]"
@@ -95,18 +102,15 @@ def mean_row(rows, specs):
 
 def table(pattern, specs):
     """-> rows of cells."""
+    if pattern == "benchmarks":
+        return benchmark_table()
     rows = rows_of(pattern)
     for name, value in (re.fullmatch(r"where (\w+)=(.*)", s).groups() for s in specs
                         if s.startswith("where ")):
         rows = [row for row in rows if row[name] in value.split(",")]
     columns = [spec for spec in specs if not re.match("where |mean (row|only)$", spec)]
     if not columns:
-        if "pixel_gap" in pattern:
-            return {"verdicts": gap_verdicts, "main": gap_table,
-                    "tuning": gap_tuning}[Path(pattern).stem](rows)
-        shapes = {"phase": phase_table, "phase_robot": phase_table, "ablations": ablation_table,
-                  "mechanism": mechanism_table, "centred": centred_table}
-        return shapes.get(Path(pattern).stem, grid_table)(rows)
+        return SHAPES.get(pattern, grid_table)(rows)
     cells = [] if "mean only" in specs else [[cell(row, spec) for spec in columns] for row in rows]
     mean = {"mean row", "mean only"} & set(specs)
     return cells + ([mean_row(rows, columns)] if mean else [])
@@ -126,13 +130,13 @@ def ablation_table(rows):
     return [[row["figure"], f"`{row['variant']}`", row["lr"], plus_minus(row),
              "–" if np.isnan(row["gain"]) else points(row["low"], row["gain"], row["high"]),
              "–" if row["paper"] is None else f"{row['paper']:g}", row["verdict"] or "–"]
-            for row in ablations.summarise(rows)]
+            for row in common.load("ablations").summarise(rows)]
 
 
 def phase_table(rows):
     """Target x noise level: mean ± half of the 95 % interval; then next step minus each of the
     others, paired by seed, in points; then the settings that the tuning chose."""
-    table, cells = ablations.phase_table(rows), []
+    table, cells = common.load("ablations").phase_table(rows), []
     by_target = {target: [row for row in table if row["target"] == target]
                  for target in figures.TARGETS}
     names = {target: name for target, (name, *_) in figures.TARGETS.items()}
@@ -166,6 +170,38 @@ def mechanism_table(rows):
     return cells
 
 
+def benchmark_table():
+    """The front page's: world, seeds, success before and after in %, gain with its 95 % t-interval
+    over seeds, in points."""
+    libero, = [row for row in rows_of("results/libero/protocol_average.csv")
+               if row["over"] == "seeds"]
+    ten, = [row for row in rows_of("results/libero/protocol_suites.csv")
+            if (row["tested"], row["method"]) == ("libero_10", "stepnft")]
+    cells = []
+    for name, seeds, *numbers in (
+            ("[toy world](results/toy/README.md)", *over_seeds("toy")),
+            ("[LIBERO](results/libero/README.md), three suites, 26 tasks, one demonstration each",
+             libero["count"], libero["sft"], libero["after"], libero["gain_low"],
+             libero["gain_high"]),
+            ("beside it: 2 tasks of libero_10, five demonstrations each",
+             ten["seeds"], ten["sft"], ten["after"], ten["gain_low"], ten["gain_high"]),
+            ("[ManiSkill](results/maniskill/README.md), PickCube", *over_seeds("maniskill"))):
+        before, after, low, high = (100 * float(number) for number in numbers)
+        interval = "–" if np.isnan(low) else f"[{low:+.1f},&nbsp;{high:+.1f}]"
+        cells.append([name, str(seeds), f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}",
+                      interval])
+    return cells
+
+
+def over_seeds(folder):
+    """A study's summary.csv, a row for each seed -> seeds, success before, after, and the ends of
+    the gain's interval."""
+    before, after = ({i: float(row[column]) for i, row in enumerate(
+        rows_of(f"results/{folder}/summary.csv"))} for column in ("sft", "stepnft"))
+    _, low, high = common.difference(after, before)
+    return len(before), np.mean(list(before.values())), np.mean(list(after.values())), low, high
+
+
 def gap_verdicts(rows):
     """verdicts.csv of PixelGap: success differences in points, explained variance as it is."""
     return [[row["comparison"].replace("stepnft", "π-StepNFT").replace("ppo", "PPO").replace(
@@ -186,7 +222,7 @@ def gap_table(rows):
         shown = [[float(row[c]) for row in own] for c in ("id", "textures", "gaps", "both",
                                                           "starts")]
         cells.append([name, *(plus_minus({"after": np.mean(values),
-                                          "half": study.half_interval(values)})
+                                          "half": common.half_interval(values)})
                               for values in shown)])
     return cells
 
@@ -217,32 +253,42 @@ def centred_table(rows):
             row["target"], row["noise_level"], row["group_size"]) == (target, noise, size)}
             for size in ("1", "8"))
         means = [{"after": np.mean(list(own.values())),
-                  "half": study.half_interval(list(own.values()))} for own in (one, group)]
-        gain, low, high = study.difference(group, one)
+                  "half": common.half_interval(list(own.values()))} for own in (one, group)]
+        gain, low, high = common.difference(group, one)
         cells.append([figures.TARGETS[target][0], noise, *map(plus_minus, means),
                       points(low, gain, high)])
     return cells
 
 
 def grid_table(rows):
-    """A tuning, a row for each arm: every setting's mean over the seeds that it played, and how
+    """A tuning, a row for each variant: every setting's mean over the seeds that it played, and how
     many these were; the one that was taken, the best of those that played them all, is bold."""
-    arm = ("variant",) if "variant" in rows[0] else ("target", "noise_level")
+    variant = ("variant",) if "variant" in rows[0] else ("target", "noise_level")
     setting = [name for name in ("ema", "lr") if name in rows[0]]
 
     def values(names, row):
         return tuple(row[name] for name in names)
 
     columns, cells = sorted({values(setting, row) for row in rows}), []
-    for which in sorted({values(arm, row) for row in rows}):
+    for which in sorted({values(variant, row) for row in rows}):
         own = [[float(row["after"]) for row in rows
-                if (values(arm, row), values(setting, row)) == (which, column)]
+                if (values(variant, row), values(setting, row)) == (which, column)]
                for column in columns]
         taken = max(own, key=lambda after: (len(after), np.mean(after or 0)))
         shown = [f"{np.mean(after):.3f} ({len(after)})" if after else "–" for after in own]
         cells.append([" ".join(which), *(f"**{text}**" if after is taken else text
                                          for after, text in zip(own, shown))])
     return cells
+
+
+SHAPES = {"results/ablations/phase.csv": phase_table,
+          "results/ablations/phase_robot.csv": phase_table,
+          "results/ablations/ablations.csv": ablation_table,
+          "results/ablations/centred.csv": centred_table,
+          "results/mechanism/mechanism.csv": mechanism_table,
+          "results/pixel_gap/verdicts.csv": gap_verdicts,
+          "results/pixel_gap/main.csv": gap_table,
+          "results/pixel_gap/tuning.csv": gap_tuning}
 
 
 def defined_at(path, name):

@@ -1,0 +1,368 @@
+"""What a critic costs: pi-StepNFT, PPO and GRPO on PixelGap, in and out of distribution.
+
+The paper: in distribution equal, out of it a critic is worse, because it overfits. Here all three
+start from the same clone, play the same starts, 8 episodes from each, train on one denoising step
+of a chunk and pass at most as often over it, each at the settings that suit it. GRPO is PPO without
+the critic; pi-StepNFT has another loss and what goes with it, noise in all K steps of a chunk and
+an old policy that follows. A network may memorise which of PixelGap's 64 textures has which gap, or
+look at the wall.
+
+Each method is tuned for success in distribution alone (results/common.py). Then 12 seeds are tested
+every 20 iterations. A method that is better in distribution is usually better out of it, too; so
+two methods are compared where both are equally good in distribution: see `matched`, and the
+statistic in results/pixel_gap/README.md, fixed before the run. Whether the critic overfits at all
+is measured, too, also with 16 and 256 scenes.
+
+Run:     python results/pixel_gap/run.py              (120 runs, 40 s each on one core)
+         python results/pixel_gap/run.py --seeds 3 --iterations 20 --out runs/pixel_gap
+Saves:   results/pixel_gap/{tuning.csv, main.csv, dose.csv, verdicts.csv, pixel_gap.png}
+"""
+
+import contextlib
+import copy
+import importlib
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+flow, nft, compare, common, figures = map(importlib.import_module, (
+    "01_flow_policy", "03_step_loss", "05_train_maniskill", "results.common", "results.figures"))
+from envs import pixel_gap  # noqa: E402  (the lines above tell where)
+from envs.gap_world import episode_seeds  # noqa: E402
+from policies import load_policy  # noqa: E402
+from tools import flags  # noqa: E402
+from tools.log import log_row  # noqa: E402
+from tools.run import random_stream  # noqa: E402
+
+ALGOS = ("stepnft", "ppo", "grpo")
+CONDITIONS = dict(zip(("id", "textures", "gaps", "both", "starts"),
+                      (changes for _, _, changes in pixel_gap.VARIANTS)))
+OOD = ("textures", "gaps", "both")     # their mean is what "out of distribution" means below
+SCENES, DOSES = 64, (16, 256)          # of the main run; more and fewer, beside it
+TESTED = 500, 1000                     # episodes in each condition: while training, at the end
+CLONES = "runs/pixel_gap"              # shared by all methods of a seed
+
+
+def grid(algo):
+    """Twelve settings: learning rate, noise (wider where one step of a chunk has it than where all
+    have) and what holds the method back."""
+    if algo == "stepnft":
+        widths, stops = (0.2, 0.5), [{"ema": "0.1 0.5", "target_kl": ""},
+                                     {"ema": "0.1 0.995", "target_kl": ""}]
+    else:
+        widths, stops = (0.5, 1.0), [{"ema": "", "target_kl": 0.02}, {"ema": "", "target_kl": 0.1}]
+    return [{"lr": lr, "noise_level": noise, **stop} for lr in (1e-4, 3e-4, 1e-3)
+            for noise in widths for stop in stops]
+
+
+# ------------------------------------------------------------------------------------------------
+# One run
+
+
+def clone_of(seed, scenes):
+    """The SFT policy's file, trained when missing."""
+    folder = Path(CLONES) / f"scenes{scenes}_seed{seed}"
+    if not (folder / "sft.pt").exists():
+        args = compare.parse_args(["--task", "PixelGap", "--seed", str(seed), "--iterations", "0",
+                                   "--scenes", str(scenes), "--out", str(folder),
+                                   "--device", "cpu"])
+        args.flags["script"] = "05_train_maniskill.py"  # which may test it
+        compare.clone(args)
+    return folder / "sft.pt"
+
+
+def flags_of(job):
+    """A job as the flags of 05."""
+    given = {name.replace("_", "-"): common.text(value) for name, value in job.items()}
+    return [part for name, value in given.items() if value
+            for part in (f"--{name}", *value.split())]
+
+
+def explorer(args, policy):
+    """How 05 plays while it trains, as an `act`: noise in every denoising step, or in one."""
+    explore = nft.explore if args.algo == "stepnft" else compare.one_noisy_step
+    return explore(policy, args.num_steps, args.noise_level)
+
+
+def train(args, sft, world, measure):
+    """The loop of 05's `main`, with a measurement in place of its log -> the trained policy.
+
+    measure(iteration, policy, critic, batch, success) is called for the clone, every --eval-every
+    iterations and at the end; critic (None but for PPO) last learned from this rollout.
+    """
+    policy, old = copy.deepcopy(sft), copy.deepcopy(sft)  # policy learns, old acts
+    optimizer, critic = torch.optim.Adam(policy.parameters(), lr=args.lr), None
+    if args.algo == "ppo":
+        torch.manual_seed(args.seed)
+        critic = compare.Critic(sft.context_dim)
+        optimizer.add_param_group({"params": critic.parameters(), "lr": critic.lr})
+    measure(0, sft, critic, None, None)
+    for i in range(args.iterations):
+        random_stream(args.seed, i)
+        starts = episode_seeds("train", args.episodes // args.group_size, args.seed, i)
+        success, batch = world.play(explorer(args, old), np.repeat(starts, args.group_size))
+        optimizer.param_groups[0]["lr"] = args.lr * (1 - i / args.iterations)  # smaller steps late
+        if args.algo == "stepnft":
+            batch["y"] = nft.labels(success, batch["episode"], args.group_size)
+            compare.update(policy, optimizer, batch, args)
+            alpha = nft.ema_decay(i, args.iterations, *args.ema)
+        else:
+            batch["y"] = compare.advantages(policy, critic, batch, success, args)
+            compare.ppo_update(policy, critic, optimizer, batch, args)
+            alpha = 0.0  # on-policy: the old policy is the trained one
+        nft.ema_update(old, policy, alpha)
+        if (i + 1) % args.eval_every == 0 or i + 1 == args.iterations:
+            measure(i + 1, policy, critic, batch, success)
+    return policy
+
+
+@torch.no_grad()
+def explained_variance(critic, policy, args, batch, success):
+    """1 - Var(return - V) / Var(return) over rows: 1 a perfect critic, 0 one that knows nothing,
+    below 0 a misleading one. A wrong mean of V costs nothing: a policy that succeeds less often in
+    unseen scenes is no fault of its critic. The returns are what episodes gave, discounted."""
+    elapsed = compare.elapsed_time(batch["episode"], -(-args.max_steps // args.horizon))
+    values = critic(policy.encode(batch), elapsed)
+    _, returns = compare.gae(values, success, batch["episode"], lam=1.0)
+    return float(1 - (returns - values).var() / returns.var())
+
+
+def run(job, split="test"):
+    """05 with these flags, tested all along -> a row for each evaluation. split="validation": for
+    the tuning, in distribution alone, and one row, `after`, the mean of the last three."""
+    start, rows, world = time.time(), [], pixel_gap.PixelGap(job["scenes"])
+
+    def measure(iteration, policy, critic, learned, won):
+        row = {"iteration": iteration, "episodes_each": TESTED[iteration == args.iterations]}
+        for condition, changes in CONDITIONS.items():
+            if split == "test" or condition == "id":
+                world.change(changes)
+                seeds = episode_seeds(split, row["episodes_each"],
+                                      iteration=int(condition != "id"))  # those of 05
+                row[condition] = flow.evaluate(policy, world, seeds, args.num_steps).mean()
+        world.change({})
+        row |= dict.fromkeys(("critic_trained", "critic_fresh", "critic_unseen"), "")
+        if critic and iteration and split == "test":
+            row["critic_trained"] = explained_variance(critic, policy, args, learned, won)
+            for name, changes in (("fresh", {}), ("unseen", CONDITIONS["both"])):
+                world.change(changes)
+                success, batch = world.play(explorer(args, policy),
+                                            episode_seeds("validation", 512))
+                row[f"critic_{name}"] = explained_variance(critic, policy, args, batch, success)
+            world.change({})
+        rows.append(row)
+
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        sft = clone_of(job["seed"], job["scenes"])
+        args = compare.parse_args(["--task", "PixelGap", *flags_of(job), "--sft", str(sft),
+                                   "--out", out, "--device", "cpu"])
+        train(args, load_policy(sft), world, measure)
+    told = {"seconds": round(time.time() - start), **common.origin(
+        "05_train_maniskill.py --task PixelGap " + " ".join(flags_of(job)))}
+    if split == "validation":
+        return {"after": np.mean([row["id"] for row in rows[1:][-3:]]), **told}
+    return [{**row, **told} for row in rows]
+
+
+def run_validation(job):
+    return run(job, "validation")
+
+
+# ------------------------------------------------------------------------------------------------
+# The statistic
+
+
+def smooth(values):
+    """Running mean of three, of two at the end; the first, the clone that all share, as it is."""
+    return np.array([values[0], *(np.mean(values[i - 1:i + 2]) for i in range(1, len(values)))])
+
+
+def curve(rows, names):
+    """Rows of one run, in the order of time -> the mean of these columns, smoothed."""
+    rows = sorted(rows, key=lambda row: int(row["iteration"]))
+    return smooth([np.mean([float(row[name]) for name in names]) for row in rows])
+
+
+def where_first(success, level):
+    """The point of a curve, in (fractions of) evaluations, that first reaches this level."""
+    i = int(np.argmax(success >= level))
+    return i if i == 0 else i - 1 + (level - success[i - 1]) / (success[i] - success[i - 1])
+
+
+def matched(a, b):
+    """Rows of two runs from one clone -> OOD success of a minus that of b where both have the
+    highest in-distribution success that both reach."""
+    level = min(curve(a, ["id"]).max(), curve(b, ["id"]).max())
+    at = [np.interp(where_first(curve(rows, ["id"]), level), np.arange(len(rows)),
+                    curve(rows, OOD)) for rows in (a, b)]
+    return at[0] - at[1]
+
+
+def at_end(rows, names):
+    """The last evaluation of a run, mean of these columns."""
+    last = max(rows, key=lambda row: int(row["iteration"]))
+    return np.mean([float(last[name]) for name in names])
+
+
+def runs_of(rows):
+    """{(algo, scenes, seed): its rows}."""
+    runs = {}
+    for row in rows:
+        runs.setdefault((row["algo"], row["scenes"], row["seed"]), []).append(row)
+    return runs
+
+
+def verdicts(rows):
+    """Paired differences over seeds, in points with their 95 % t-interval: rows of verdicts.csv."""
+    def ahead(names):
+        return lambda a, b: at_end(a, names) - at_end(b, names)
+
+    runs, found = runs_of(rows), []
+    measures = {"OOD at equal in-distribution success": matched,
+                "OOD at the end": ahead(OOD), "in-distribution at the end": ahead(["id"]),
+                "starts farther out at the end": ahead(["starts"])}
+    for scenes in dict.fromkeys(row["scenes"] for row in rows):
+        for a, b in (("stepnft", "ppo"), ("grpo", "ppo"), ("stepnft", "grpo")):
+            seeds = [s for algo, n, s in runs if (algo, n) == (a, scenes) and (b, n, s) in runs]
+            for measure, difference in measures.items() if len(seeds) > 1 else ():
+                points = [100 * difference(runs[a, scenes, s], runs[b, scenes, s]) for s in seeds]
+                mean, half = np.mean(points), common.half_interval(points)
+                supported = ("supported" if mean >= 5 and mean > half else
+                             "not supported here" if mean + half < 5 else "undecided")
+                found.append({"comparison": f"{a} - {b}", "measure": measure, "scenes": scenes,
+                              "seeds": len(seeds), "mean": float(mean), "low": float(mean - half),
+                              "high": float(mean + half),
+                              "verdict": supported if (difference, scenes) == (
+                                  matched, str(SCENES)) else ""})
+        found += critic_overfits({key[2]: run for key, run in runs.items()
+                                  if key[:2] == ("ppo", scenes)}, scenes)
+    return found
+
+
+def critic_overfits(runs, scenes):
+    """The manipulation check: what PPO's critic explains, less from here to there, at the end."""
+    found = []
+    for a, b in (("trained", "fresh"), ("fresh", "unseen")):
+        lost = [at_end(run, [f"critic_{a}"]) - at_end(run, [f"critic_{b}"])
+                for run in runs.values()]
+        if len(lost) > 1:
+            half = common.half_interval(lost)
+            found.append({"comparison": "critic of ppo", "measure": f"explains {a} - {b}",
+                          "scenes": scenes, "seeds": len(lost), "mean": float(np.mean(lost)),
+                          "low": float(np.mean(lost) - half), "high": float(np.mean(lost) + half),
+                          "verdict": "overfits" if np.mean(lost) > half else "does not show"})
+    return found
+
+
+# ------------------------------------------------------------------------------------------------
+# The figure
+
+
+def draw(rows, path):
+    """In and out of distribution along training, the path of one against the other, and how much
+    of the returns the critic explains: means over seeds (of the critic medians), bands of the 95 %
+    t-interval."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    with matplotlib.rc_context(figures.STYLE):
+        fig = Figure(figsize=(13, 3.2))
+        axes = fig.subplots(1, 4)
+        for algo in ALGOS:
+            own = [run for (name, scenes, _), run in runs_of(rows).items()
+                   if (name, scenes) == (algo, str(SCENES))]
+            name = figures.NAMES[algo]
+            style = {"color": figures.POLICY_COLORS[name], "label": name,
+                     "ls": dict(zip(ALGOS, ("-", "--", ":")))[algo]}
+            x = sorted({int(row["iteration"]) for row in own[0]})
+            means = {}
+            for ax, what, columns in ((axes[0], "id", ["id"]), (axes[1], "OOD", OOD)):
+                curves = np.array([[np.mean([float(row[c]) for c in columns]) for row in run]
+                                   for run in own])
+                band(ax, x, curves, **style)
+                means[what] = curves.mean(0)
+            axes[2].plot(means["id"], means["OOD"], marker=".", **style)
+            if algo == "ppo":
+                for column, line in (("trained", "-"), ("fresh", "--"), ("unseen", ":")):
+                    values = np.array([[float(row[f"critic_{column}"] or "nan") for row in run]
+                                       for run in own])
+                    name = {"trained": "rows it trained on", "fresh": "fresh starts",
+                            "unseen": "unseen scenes"}[column]
+                    axes[3].plot(x[1:], np.median(values[:, 1:], 0), line, label=name,
+                                 color=style["color"])
+        for ax, title, x, y in zip(
+                axes, ("in distribution", "out of distribution", "one against the other",
+                       "what PPO's critic explains"),
+                ("iterations", "iterations", "in distribution", "iterations"),
+                ("success", "success", "out of distribution", "explained variance, median")):
+            ax.set(title=title, xlabel=x, ylabel=y)
+            if x == "iterations" and y == "success":
+                ax.set_ylim(0, 1)
+            ax.legend(fontsize=8)
+        fig.savefig(path)
+
+
+def band(ax, x, curves, **style):
+    """Mean of (seeds, points) with its 95 % interval."""
+    mean = curves.mean(0)
+    half = np.array([common.half_interval(values) for values in curves.T])
+    ax.plot(x, mean, **style)
+    ax.fill_between(x, mean - half, mean + half, color=style["color"], alpha=0.15, lw=0)
+
+
+def main():
+    parser, start = flags.Parser(__doc__), time.time()
+    add = parser.add_argument
+    most = common.ROUNDS[0][0]
+    add("--seeds", type=flags.number(int, 2, most), default=12, help="how many seeds")
+    add("--dose-seeds", type=flags.number(int, 0, most), default=3,
+        help="seeds of the runs with 16 and 256 scenes; 0: none")
+    add("--iterations", type=flags.positive_int, default=160, help="RL iterations")
+    add("--episodes", type=flags.number(int, 8), default=512, help="episodes per iteration")
+    add("--jobs", type=flags.positive_int, default=common.cores(),
+        help="runs at a time, one core each")
+    add("--out", type=Path, default="results/pixel_gap", help="folder of tables and figure")
+    args = parser.parse_args()
+    if args.episodes % 8:
+        parser.error(f"--episodes {args.episodes} is no multiple of 8, the episodes from one start")
+    if args.dose_seeds > args.seeds:
+        parser.error(f"--dose-seeds {args.dose_seeds}: give --seeds {args.dose_seeds} or more")
+    parser.make_folder("--out", args.out)
+    torch.set_num_threads(1)
+    size = {"iterations": args.iterations, "episodes": args.episodes}
+    tuning_seeds = [seed for seeds in common.ROUNDS for seed in seeds]
+    doses = [(seed, scenes) for scenes in DOSES for seed in range(args.dose_seeds)]
+    for seed, scenes in [(seed, SCENES) for seed in [*tuning_seeds, *range(args.seeds)]] + doses:
+        clone_of(seed, scenes)  # once, before several workers need it
+    best = {}
+    for algo in ALGOS:
+        method = {"algo": algo, "scenes": SCENES, **size}
+        best[algo], = common.tune([method], grid(algo), run_validation, args.out / "tuning.csv",
+                                  args.jobs)
+        print(algo, *(f"{name}={common.text(value)}" for name, value in best[algo].items()))
+    jobs = [{"algo": algo, "scenes": SCENES, **size, **best[algo], "seed": seed}
+            for seed in range(args.seeds) for algo in ALGOS]
+    common.collect(jobs, run, args.out / "main.csv", args.jobs)
+    dose_jobs = [{**job, "scenes": scenes} for seed, scenes in doses for job in jobs
+                 if job["seed"] == seed and job["algo"] != "stepnft"]
+    common.collect(dose_jobs, run, args.out / "dose.csv", args.jobs)
+    rows = common.rows_of(jobs, args.out / "main.csv")
+    found = verdicts(rows + (common.rows_of(dose_jobs, args.out / "dose.csv") if doses else []))
+    (args.out / "verdicts.csv").unlink(missing_ok=True)
+    for row in found:
+        log_row(args.out / "verdicts.csv", row)
+        print("{comparison:<15} {measure:<38} {scenes:>4} scenes, {seeds} seeds: {mean:+.2f} "
+              "[{low:+.2f}, {high:+.2f}] {verdict}".format(**row))
+    draw(rows, args.out / "pixel_gap.png")
+    print(f"RESULT runs={len(jobs) + len(dose_jobs)} saved={args.out}/verdicts.csv "
+          f"seconds={time.time() - start:.0f}")
+
+
+if __name__ == "__main__":
+    main()
