@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+from envs import gap_world  # noqa: E402  (the line above tells where)
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "sim: builds a simulator (`-m 'not sim'`: the inner loop)")
@@ -103,10 +105,10 @@ class Opaque:
 
 def expert_plan(state, horizon):
     """The scripted expert's next H actions if nothing is in the way: (N, 3) -> (N, H, 2)."""
-    flow, state, plan = importlib.import_module("01_flow_policy"), state.copy(), []
+    state, plan = state.copy(), []
     for _ in range(horizon):
-        plan.append(flow.expert_action(state))
-        state[:, :2] += flow.GapWorld.speed * plan[-1]
+        plan.append(gap_world.expert_action(state))
+        state[:, :2] += gap_world.GapWorld.speed * plan[-1]
     return np.stack(plan, 1)
 
 
@@ -137,7 +139,7 @@ def one_clear_line(done):
 def run_main(script, *flags):
     """A script's main() in this process -> (exit status or message, stdout, stderr)."""
     out, err, code = io.StringIO(), io.StringIO(), None
-    main = importlib.import_module(script.removesuffix(".py")).main
+    main = importlib.import_module(script.removesuffix(".py").replace("/", ".")).main
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
             contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [script, *map(str, flags)])

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import math
+import tempfile
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from torch import nn
 
 from conftest import (MixtureFlow, Opaque, Scripted, expert_plan, one_clear_line, result_line,
                       run_main, run_script, wrong_call)
+
+from envs import gap_world
+from tools import flags
 
 flow = importlib.import_module("01_flow_policy")
 
@@ -153,8 +157,8 @@ def test_sampling_and_evaluation_never_look_into_the_context(kind):
     torch.testing.assert_close(flow.ode_sample(wrapped, obs, 4, x_1),
                                flow.ode_sample(policy, obs, 4, x_1))
     assert wrapped.calls == ["encode"] + ["velocity"] * 4
-    np.testing.assert_array_equal(flow.evaluate(wrapped, flow.GapWorld(), range(20)),
-                                  flow.evaluate(policy, flow.GapWorld(), range(20)))
+    np.testing.assert_array_equal(flow.evaluate(wrapped, gap_world.GapWorld(), range(20)),
+                                  flow.evaluate(policy, gap_world.GapWorld(), range(20)))
 
 
 def test_the_start_noise_is_standard_normal():
@@ -301,7 +305,7 @@ def clumsy(state, horizon, clumsiness):
 @pytest.mark.parametrize("horizon", [1, 4, 5])
 def test_gap_world_moves_by_the_rules(horizon):
     """400 episodes, from careful to wild: outcome, executed counts and positions of every chunk."""
-    world, outcomes = flow.GapWorld(), set()
+    world, outcomes = gap_world.GapWorld(), set()
     obs = world.reset(range(400))
     start, gap_y, clumsiness = world.position.copy(), world.gap_y.copy(), np.linspace(0, 2.5, 400)
     actions, played, ended = [[] for _ in range(400)], np.zeros(400, int), np.zeros(400, bool)
@@ -323,7 +327,7 @@ def test_gap_world_moves_by_the_rules(horizon):
 
 
 def test_a_finished_robot_rests_where_it_ended_and_keeps_its_outcome():
-    world = flow.GapWorld()
+    world = gap_world.GapWorld()
     obs = world.reset(range(30))
     for _ in range(world.max_steps):
         before, over, success = world.observe()["state"], world.over.copy(), world.success.copy()
@@ -335,7 +339,7 @@ def test_a_finished_robot_rests_where_it_ended_and_keeps_its_outcome():
 
 
 def test_a_crash_on_the_very_last_step_is_a_crash():
-    world = flow.GapWorld()
+    world = gap_world.GapWorld()
     world.reset([0])
     world.position[:], world.gap_y[:], world.steps[:] = [-0.05, 0.5], 0, world.max_steps - 1
     obs, executed = world.step(np.array([[[1.0, 0.0]]]))
@@ -345,7 +349,7 @@ def test_a_crash_on_the_very_last_step_is_a_crash():
 
 def test_starts_fill_their_range_evenly():
     for width in (0.3, 0.9):
-        state = flow.GapWorld(width).reset(range(2000))["state"]
+        state = gap_world.GapWorld(width).reset(range(2000))["state"]
         assert (state[:, 0] == np.float32(-0.8)).all()
         assert stats.kstest(state[:, 1], stats.uniform(-width, 2 * width).cdf).pvalue > 1e-3
         assert stats.kstest(state[:, 2], stats.uniform(-0.3, 0.6).cdf).pvalue > 1e-3
@@ -353,11 +357,11 @@ def test_starts_fill_their_range_evenly():
 
 
 def test_a_seed_starts_the_same_episode_in_any_company_and_after_any_other():
-    world = flow.GapWorld()
+    world = gap_world.GapWorld()
     together = world.reset([11, 22, 33, 44, 55])["state"]
     np.random.rand(3)
     world.step(np.ones((5, 4, 2)))
-    for alone in (world, flow.GapWorld()):
+    for alone in (world, gap_world.GapWorld()):
         np.testing.assert_array_equal(together[2], alone.reset([33])["state"][0])
     assert len(np.unique(together[:, 1])) == 5
 
@@ -368,7 +372,7 @@ def test_the_expert_succeeds_from_everywhere(width, horizon):
     def act(obs):
         return torch.from_numpy(expert_plan(obs["state"].numpy(), horizon)), {}
 
-    assert flow.GapWorld(width).play(act, range(1000))[0].all()
+    assert gap_world.GapWorld(width).play(act, range(1000))[0].all()
 
 
 def test_a_chunk_of_a_demo_is_its_next_actions_with_the_last_one_repeated():
@@ -377,21 +381,32 @@ def test_a_chunk_of_a_demo_is_its_next_actions_with_the_last_one_repeated():
     assert torch.equal(chunks[..., 1], chunks[..., 0] + 10)
 
 
+def toy_chunks(num_demos, seed):
+    """What the toy policy is cloned from -> (obs, chunks), seen where it is handed over."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(flow, "train_sft", lambda policy, *data: seen.append(data) or 0.0)
+        flow.toy_policy(seed, num_demos, folder=folder)
+    (obs, chunks, steps), = seen
+    assert steps == 3000
+    return obs, chunks
+
+
 def test_demos_are_the_experts_next_actions_from_narrow_starts():
-    obs, chunks = flow.toy_demos(6, seed=3)
+    obs, chunks = toy_chunks(6, seed=3)
     state = obs["state"].numpy()
     starts = np.flatnonzero(state[:, 0] == np.float32(-0.8))
     assert len(starts) == 6 and (np.abs(state[starts, 1]) <= 0.3).all()
     assert chunks.shape == (len(state), 4, 2)
     for first, end in zip(starts, [*starts[1:], len(state)]):
-        taken = [flow.expert_action(s[None])[0] for s in state[first:end]]
+        taken = [gap_world.expert_action(s[None])[0] for s in state[first:end]]
         for i in range(end - first):
             expected = [taken[min(i + h, len(taken) - 1)] for h in range(4)]
             np.testing.assert_allclose(chunks[first + i], expected, atol=1e-6)
 
 
 def test_demos_are_repeatable_and_differ_from_seed_to_seed():
-    starts = [flow.toy_demos(3, seed)[0]["state"][:3] for seed in (0, 0, 1)]
+    starts = [toy_chunks(3, seed)[0]["state"][:3] for seed in (0, 0, 1)]
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
@@ -399,7 +414,7 @@ def test_demos_are_repeatable_and_differ_from_seed_to_seed():
 # play and evaluate
 
 
-class Diary(flow.GapWorld):
+class Diary(gap_world.GapWorld):
     """A GapWorld that writes down the chunks it was given."""
 
     def __init__(self, *args):
@@ -447,7 +462,7 @@ def test_rows_hold_what_a_scalar_replay_of_each_episode_sees(horizon):
     world, success, rows = play_clumsily(range(40), horizon)
     ends_inside = 0
     for e in range(40):
-        mine, own = rows["episode"] == e, flow.GapWorld()
+        mine, own = rows["episode"] == e, gap_world.GapWorld()
         own.reset([e])
         actions = rows["actions"][mine].flatten(0, 1).double().numpy()
         outcome, steps, trail = replay(own, own.position[0], own.gap_y[0], actions)
@@ -476,9 +491,9 @@ def test_evaluate_repeats_itself_and_leaves_the_random_stream_alone():
 def test_evaluate_acts_with_the_ode_in_environment_units():
     """A foreign policy that plays the expert succeeds; one that denormalises wrongly does not."""
     policy = Scripted(lambda state: expert_plan(state, 4), 4)
-    assert flow.evaluate(policy, flow.GapWorld(0.3), range(50)).all()
+    assert flow.evaluate(policy, gap_world.GapWorld(0.3), range(50)).all()
     policy.denormalise = lambda x_0: -x_0
-    assert not flow.evaluate(policy, flow.GapWorld(0.3), range(50)).any()
+    assert not flow.evaluate(policy, gap_world.GapWorld(0.3), range(50)).any()
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 7])
@@ -524,13 +539,13 @@ def test_the_script_trains_saves_and_reports(tmp_path):
     checkpoint, = (tmp_path / "out").glob("*.pt")
     policy = flow.FlowPolicy(4, 2, state_dim=3)
     policy.load_state_dict(torch.load(checkpoint, weights_only=True))
-    test = flow.episode_seeds("test", 8)
-    rate = flow.evaluate(policy, flow.GapWorld(), test).mean()
+    test = gap_world.episode_seeds("test", 8)
+    rate = flow.evaluate(policy, gap_world.GapWorld(), test).mean()
     assert rate == pytest.approx(result["wide"], abs=1e-3)
     assert (tmp_path / "out" / "flow_policy.png").stat().st_size > 1000
-    assert "is missing" in done.stdout
+    assert "was missing" in done.stdout
     _, again, _ = run_main("01_flow_policy.py", *flags)
-    assert "is missing" not in again                       # the second run starts from the file
+    assert "was missing" not in again                      # the second run starts from the file
     assert done.stdout.splitlines()[-1].split()[:4] == again.splitlines()[-1].split()[:4]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -567,7 +582,7 @@ def test_a_wrong_call_ends_with_exit_status_2(tmp_path):
     (float, 0, 1, ["0", "1", "0.5", "1e-3"], ["-0.1", "1.1", "nan", "inf", "-inf", "half"]),
     (float, 2, math.inf, ["2", "1e300"], ["1.9", "inf", "nan"])])
 def test_a_number_is_finite_and_within_its_limits(kind, low, high, good, bad):
-    check = flow.number(kind, low, high)
+    check = flags.number(kind, low, high)
     assert [check(text) for text in good] == [kind(text) for text in good]
     for text in bad:
         with pytest.raises((argparse.ArgumentTypeError, ValueError)):
@@ -576,7 +591,7 @@ def test_a_number_is_finite_and_within_its_limits(kind, low, high, good, bad):
 
 def test_seeds_of_two_splits_never_meet_and_any_run_seed_is_legal():
     """The last two bits tell demo, validation, test and training apart, whatever the run."""
-    drawn = {split: np.concatenate([flow.episode_seeds(split, 2000, seed, iteration)
+    drawn = {split: np.concatenate([gap_world.episode_seeds(split, 2000, seed, iteration)
                                     for seed in (0, 1, 7, 8, 123456789) for iteration in (0, 1)])
              for split in ("demo", "validation", "test", "train")}
     for split, seeds in drawn.items():
@@ -584,7 +599,7 @@ def test_seeds_of_two_splits_never_meet_and_any_run_seed_is_legal():
         assert len(set(seeds.tolist())) > 0.999 * len(seeds)
         assert all(not set(seeds.tolist()) & set(other.tolist())
                    for name, other in drawn.items() if name != split)
-    first = flow.episode_seeds("train", 5, 3, 2)
-    assert np.array_equal(first, flow.episode_seeds("train", 9, 3, 2)[:5])   # more of the same
+    first = gap_world.episode_seeds("train", 5, 3, 2)
+    assert np.array_equal(first, gap_world.episode_seeds("train", 9, 3, 2)[:5])   # more of the same
     with pytest.raises(ValueError):
-        flow.episode_seeds("holdout", 1)
+        gap_world.episode_seeds("holdout", 1)

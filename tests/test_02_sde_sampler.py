@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from conftest import MixtureFlow, result_line, run_main, run_script, wrong_call
+from envs import gap_world
 from test_01_flow_policy import WRAPS, Wrapped
 
 flow = importlib.import_module("01_flow_policy")
@@ -299,10 +300,22 @@ def test_marginal_distance_of_a_shift_is_the_mean_length_of_its_shadow():
     assert distance == pytest.approx(5 * 2 / math.pi, rel=0.03)
 
 
-def test_visited_area_counts_cells():
-    """Four positions in three cells of 0.05 x 0.05; the gap's centre does not count."""
-    state = torch.tensor([[0.01, 0.01, 0.2], [0.04, 0.02, 0.1], [-0.01, 0.01, 0], [0.3, -0.9, 0]])
-    assert sde.visited_area({"state": state}) == pytest.approx(3 * 0.05**2)
+def test_the_spread_at_the_wall_is_that_of_the_first_crossings():
+    """Four ways: straight to 0.4; up from 0 to 0.2 and halfway through the wall at 0.1; one ends in
+    the wall at -0.3, and one never comes there. What happens behind the wall does not count."""
+    ways = np.array([[(-0.8, 0.4), (-0.2, 0.4), (0.2, 0.4), (0.8, 0.0)],
+                     [(-0.8, 0.0), (-0.1, 0.0), (0.1, 0.2), (0.2, 0.9)],
+                     [(-0.8, 0.0), (-0.1, 0.0), (0.0, -0.3), (0.0, -0.3)],
+                     [(-0.8, 0.0), (-0.6, 0.9), (-0.4, 0.9), (-0.4, 0.9)]])
+    trail = list(ways.transpose(1, 0, 2))
+    assert sde.wall_spread(trail) == pytest.approx(np.std([0.4, 0.1, -0.3]))
+
+
+def test_the_spread_at_the_wall_grows_with_the_expert_s_starts():
+    """Ways of the expert through its own gap: their spread is that of the gaps."""
+    world = gap_world.GapWorld()
+    world.play(gap_world.expert, gap_world.episode_seeds("test", 200))
+    assert sde.wall_spread(world.trail) == pytest.approx(np.std(world.gap_y), abs=0.01)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -214,7 +214,7 @@ def test_an_update_of_the_method_leaves_uncredited_noise_out_of_the_loss():
 # The toy world of 01 in a robot's clothes: whole runs of 04 and 05 without a simulator
 
 
-class Toy(flow.GapWorld):
+class Toy(gap_world.GapWorld):
     """GapWorld with a robot's observations and actions. The first two action dims drive, the others
     stay near where the demos had them."""
 
@@ -234,7 +234,7 @@ class Toy(flow.GapWorld):
                "tokens": told(["go through the gap"]).repeat(N, 1)}
         if self.demo_noise is not None:
             obs["action"] = torch.full((N, self.action_dim), self.still)
-            obs["action"][:, :2] = torch.from_numpy(flow.expert_action(state.numpy()))
+            obs["action"][:, :2] = torch.from_numpy(gap_world.expert_action(state.numpy()))
         return obs
 
     def step(self, chunks):

@@ -512,7 +512,7 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path):
     flags = [*TINY, "--iterations", 1, "--episodes", 800, "--out", "new"]
     line = kill_a_worker(SCRIPT, *flags, cwd=tmp_path, when="iteration 1/1")
     assert "--resume" in line and " of PickCube-v1" in line
-    seeds = flow.episode_seeds("train", 100, 0, 0)
+    seeds = gap_world.episode_seeds("train", 100, 0, 0)
     assert int(line.split("episode ")[1].split()[0]) in seeds
 
 

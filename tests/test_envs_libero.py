@@ -1,37 +1,64 @@
 """envs/libero.py on the real simulator: physics and pixels equal to LIBERO's own, episodes that do
 not leak, the scripted expert, recorded demonstrations, and tasks that stay in their processes."""
 
+import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import h5py
 import numpy as np
 import pytest
 import torch
+from scipy import stats
+from scipy.spatial.transform import Rotation
 
 from conftest import ROOT
 from envs import libero, libero_demos
+from envs.workers import tokens
+from test_envs_workers import loaded_by_imports
 
 sim = pytest.mark.sim
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
 SIZE = 48  # of images
 
 
+@functools.cache
+def simulator(suite, task):
+    """A LiberoSim for all the tests, with its model as recordings keep it: MuJoCo writes the last one built, no
+    other."""
+    made = libero.LiberoSim(suite, task)
+    made.xml = made.env.sim.model.get_xml()
+    return made
+
+
 @pytest.fixture(scope="module")
 def soup():
-    return libero.LiberoSim("libero_object", 0)
+    return simulator("libero_object", 0)
+
+
+@pytest.fixture(scope="module")
+def cabinet():
+    """A suite whose ten tasks share one table, with a cabinet, a stove and a rack."""
+    return simulator("libero_goal", 4)
+
+
+find_gl = functools.cache(libero.find_gl)
 
 
 @pytest.fixture(scope="module")
 def gl():
     """CI installs EGL; elsewhere the tests that draw may be skipped."""
     try:
-        return libero.find_gl()
+        return find_gl()
     except SystemExit as error:
         if os.environ.get("REQUIRE_GL"):
             raise
@@ -52,10 +79,7 @@ def play(simulator, number, actions):
 
 
 def test_importing_loads_no_simulator():
-    code = ("import sys, envs.libero_demos, envs.libero; "
-            "assert not {'mujoco', 'robosuite', 'libero', 'h5py'}"
-            " & {name.split('.')[0] for name in sys.modules}")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert not {"mujoco", "robosuite", "libero", "h5py"} & loaded_by_imports()
 
 
 def test_suites_and_their_errors():
@@ -132,9 +156,385 @@ def test_the_workers_of_a_run_are_told_what_they_will_see(monkeypatch):
     assert env.action_repeat == 1 and env.action_space.shape == (1, 7)
     assert [[run.plays(slot, task * libero.TASK + 7) for slot in range(3)] for task in (2, 5)] == [
         [True, False, True], [False, True, False]]
-    film = libero.make_workers("libero_object", [0], 1, gl="egl", film="folder", action_repeat=4)
-    assert film.make_env().make_sim.keywords["size"] == 256
-    assert film.make_env().action_repeat == 4
+    assert run.name is libero.episode_name and run.num_envs == 3
+    assert env.make_sim.args == ("libero_object", 0.5)              # the suite, the demo's noise
+    assert env.make_sim.keywords == dict(obs="rgb", state_dim=6, gl="egl", size=64)
+    film = libero.make_workers("libero_object", [0], 1, gl="egl", film="folder", action_repeat=4,
+                               horizon=3, max_steps=77, state_dim=30).make_env()
+    assert film.make_sim.keywords == dict(obs="state", state_dim=30, gl="egl", size=256)
+    assert film.action_repeat == 4 and film.film == "folder" and film.max_steps == 77
+    assert film.action_space.shape == (3, 7) and film.observation_space["state"].shape == (30,)
+
+
+# ------------------------------------------------------------------------------------------------
+# The state, without a simulator: each of its numbers from poses that are given
+
+# A hand that points down: its x is the world's y, its y the world's x.
+HAND = np.array([[0, 1.0, 0], [1, 0, 0], [0, 0, -1]])
+
+
+def about(axis, angle):
+    """A rotation (3, 3) about "x", "y" or "z"."""
+    return Rotation.from_euler(axis, angle).as_matrix()
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4, 1.3, -2.0])
+def test_a_heading_is_twice_the_angle_between_the_hand_and_the_axis_to_close_along(angle):
+    """Butter lies, its y is the axis; a bottle that lies has z, here -y before it is turned. From
+    below, where the hand looks from, the object turns the other way round."""
+    wanted = [np.cos(2 * angle), -np.sin(2 * angle)]
+    lying = about("x", np.pi / 2)
+    for name, rest in (("butter_1", np.eye(3)), ("cream_cheese_1", np.eye(3)),
+                       ("ketchup_1", lying), ("blue_salad_dressing_2", lying)):
+        rot = about("z", angle) @ rest
+        np.testing.assert_allclose(libero.heading(name, rot, HAND), wanted, atol=1e-12)
+        # half a turn gives the same grasp
+        half = about("z", np.pi) @ rot
+        np.testing.assert_allclose(libero.heading(name, half, HAND), wanted, atol=1e-12)
+        # and only what is between hand and object counts
+        both = [about("z", 0.7) @ z for z in (rot, HAND)]
+        np.testing.assert_allclose(libero.heading(name, *both), wanted, atol=1e-12)
+
+
+def test_what_is_round_or_stands_or_is_no_thing_to_grasp_has_no_heading():
+    rot = about("z", 0.4) @ about("x", 0.3)
+    for name in ("alphabet_soup_1", "milk_1", "akita_black_bowl_1", "basket_1_contain_region",
+                 "flat_stove_1"):
+        assert libero.heading(name, rot, HAND) == (0, 0)
+    standing = libero.heading("ketchup_1", about("z", 0.4), HAND)     # its axis is upright
+    np.testing.assert_allclose(standing, 0, atol=1e-12)
+
+
+def sim_of_poses(hand, rot, fingers, poses, **more):
+    """A LiberoSim without MuJoCo: `observe` on poses {name: (position, rotation, opening)}."""
+    made = libero.LiberoSim.__new__(libero.LiberoSim)
+    qpos = np.arange(10.0)
+    qpos[[4, 2]] = fingers
+    other = np.full(9, 99.0)
+    made.site, made.finger_joints = 1, [4, 2]
+    made.data = SimpleNamespace(site_xpos=np.stack([other[:3], hand]), qpos=qpos,
+                                site_xmat=np.stack([other, rot.flatten()]))
+    made.entities, made.pose, made.obs = list(poses), poses.get, "state"
+    vars(made).update(more)
+    return made
+
+
+def test_a_state_has_the_hand_then_each_thing_in_its_order_then_zeros():
+    hand, yaw, fingers = np.array([0.1, -0.2, 0.9]), 0.3, [0.04, -0.035]
+    poses = {"butter_1": (np.array([0.3, 0.1, 0.5]), about("z", 1.0), 0.0),
+             "wooden_cabinet_1_top_region": (np.array([-0.2, 0.4, 0.7]), about("z", 2.0), 0.12),
+             "flat_stove_1": (np.array([0.0, 0.2, 0.6]), about("x", 1.0), 0.5)}
+    sim = sim_of_poses(hand, about("z", yaw) @ HAND, fingers, poses, state_dim=6 + 4 * 6)
+    state = sim.observe()["state"]
+    angle = 1.0 - yaw                                    # of the butter, seen from the hand
+    wanted = [0.1, -0.2, 0.9, np.sin(yaw), 0.04, -0.035,
+              0.2, 0.3, -0.4, np.cos(2 * angle), -np.sin(2 * angle), 0,
+              -0.3, 0.6, -0.2, 0, 0, 0.12,
+              -0.1, 0.4, -0.3, 0, 0, 0.5,
+              0, 0, 0, 0, 0, 0]
+    assert state.dtype == np.float32
+    np.testing.assert_allclose(state, wanted, atol=1e-6)
+
+
+def test_with_images_the_state_is_the_hand_alone():
+    sim = sim_of_poses(np.ones(3), HAND, [0.1, 0.2], {"butter_1": (np.zeros(3), HAND, 0.0)},
+                       obs="rgb", look=lambda: "two images")
+    obs = sim.observe()
+    assert obs["rgb"] == "two images" and obs["state"].dtype == np.float32
+    np.testing.assert_allclose(obs["state"], [1, 1, 1, 0, 0.1, 0.2], atol=1e-6)
+
+
+def test_the_pose_of_an_object_a_fixture_and_a_region():
+    """An object is a body, a region a site; what has joints is as open as they are."""
+    def spot(i):
+        return SimpleNamespace(xpos=np.full(3, i), xmat=np.arange(9.0) + i)
+
+    made = libero.LiberoSim.__new__(libero.LiberoSim)
+    joints = {"knob": 0.7, "drawer": -0.1}
+    made.env = SimpleNamespace(
+        object_sites_dict={"drawer_region": SimpleNamespace(joints=["drawer"]),
+                           "plate_region": SimpleNamespace()},
+        fixtures_dict={"stove": SimpleNamespace(joints=["knob"]),
+                       "rack": SimpleNamespace(joints=None)},
+        obj_body_id={"soup": 1, "stove": 2, "rack": 3})
+    made.data = SimpleNamespace(
+        body=lambda number: spot(number), site={"drawer_region": spot(7), "plate_region": spot(8)}.get,
+        joint=lambda name: SimpleNamespace(qpos=[joints[name]]))
+    for name, place, opening in (("soup", 1, 0), ("stove", 2, 0.7), ("rack", 3, 0),
+                                 ("drawer_region", 7, -0.1), ("plate_region", 8, 0)):
+        pos, rot, opened = made.pose(name)
+        assert pos.tolist() == [place] * 3 and opened == opening
+        assert rot.tolist() == (np.arange(9.0) + place).reshape(3, 3).tolist()
+
+
+# ------------------------------------------------------------------------------------------------
+# All tasks of a run in one process, and the pushes of its demos
+
+
+class StillSim:
+    """A LiberoSim that stands still and keeps what it was asked to do."""
+
+    instruction = "Pick up the Milk"
+
+    def __init__(self, suite, task, **view):
+        self.made, self.reset_to, self.done, self.closed = (suite, task, view), [], [], False
+
+    def reset(self, number):
+        self.reset_to.append(number)
+
+    def advance(self, action):
+        self.done.append(action)
+        return len(self.done) == 3
+
+    def observe(self):
+        return {"state": np.float32([len(self.done)])}
+
+    def close(self):
+        self.closed = True
+
+
+class StillExpert:
+    """Whatever is seen, it does the same."""
+
+    action = np.array([0.25, -0.5, 0.125, 0, 0.5, -0.25, 1])
+
+    def __init__(self, sim, rng):
+        self.sim = sim
+
+    def act(self, sim):
+        assert sim is self.sim
+        return self.action
+
+
+@contextlib.contextmanager
+def still_sims(demo_noise=None, **view):
+    """TaskSims of such simulators."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(libero, "LiberoSim", StillSim)
+        patch.setattr(libero, "ScriptedExpert", StillExpert)
+        yield libero.TaskSims("libero_object", demo_noise, **view)
+
+
+def demo_pushes(steps, seed=3 * libero.TASK + 1007, demo_noise=0.5):
+    """The expert's demo of that many steps -> what was observed of its actions, and what was done
+    on top of them, (steps, 7) each."""
+    seen = []
+    with still_sims(demo_noise) as sims:
+        sims.reset(seed)
+        for _ in range(steps):
+            seen.append(sims.observe()["action"])
+            sims.advance(seen[-1])
+    return np.array(seen), np.array(sims.sim.done) - seen
+
+
+def bursts(pushes):
+    """Runs of the same push -> [(how long, push (7,)), ...] and how long nothing pushed, each."""
+    ends = np.flatnonzero((np.diff(pushes, axis=0) != 0).any(1)) + 1
+    runs = [(len(run), run[0]) for run in np.split(pushes, ends)][1:-1]   # the last one was cut
+    return [run for run in runs if run[1].any()], [n for n, push in runs if not push.any()]
+
+
+def test_a_demo_is_pushed_for_5_to_10_steps_in_one_direction_and_then_not():
+    _, pushes = demo_pushes(12_000)
+    assert not pushes[:, 3:].any()                       # the hand's place, not how it is turned
+    pushed, rests = bursts(pushes)
+    lengths = np.array([n for n, _ in pushed])
+    assert set(lengths) == {5, 6, 7, 8, 9, 10} and len(lengths) > 600
+    counts = np.bincount(lengths)[5:]
+    assert stats.chisquare(counts).pvalue > 1e-3         # each as often
+    # one step in ten begins a push; the pause is 1 / 0.1 steps on average, if there is one
+    assert np.mean(rests) == pytest.approx(10, rel=0.15)
+    directions = np.array([push[:3] for _, push in pushed])
+    for dim in range(3):                                 # demo_noise times a standard normal
+        assert stats.kstest(directions[:, dim] / 0.5, "norm").pvalue > 1e-3
+    assert np.abs(np.corrcoef(directions.T) - np.eye(3)).max() < 0.15
+
+
+def test_a_demo_records_the_experts_action_and_not_what_pushed_it():
+    seen, pushes = demo_pushes(100)
+    assert seen.dtype == np.float32 and (seen == np.float32(StillExpert.action)).all()
+    assert np.abs(pushes).max() > 0.1
+
+
+def test_the_pushes_of_an_episode_hang_on_its_seed_alone():
+    (_, one), (_, again), (_, other) = (demo_pushes(60, seed) for seed in (1007, 1007, 1008))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+    _, stronger = demo_pushes(60, 1007, demo_noise=1.0)
+    np.testing.assert_allclose(stronger, 2 * one)
+    _, none = demo_pushes(60, 1007, demo_noise=0.0)
+    assert not none.any()
+
+
+def test_a_new_demo_does_not_begin_with_the_last_ones_push():
+    with still_sims(0.5) as sims:
+        sims.reset(1008)
+        while not sims.left:
+            sims.advance(np.zeros(7))
+        sims.reset(1007)
+        sims.sim.done.clear()
+        for _ in range(60):
+            sims.advance(np.zeros(7))
+    np.testing.assert_allclose(sims.sim.done, demo_pushes(60, 1007)[1], atol=1e-6)
+
+
+def test_without_a_demo_nothing_pushes_and_no_expert_is_asked():
+    action = np.linspace(-1, 1, 7)
+    with still_sims() as sims:
+        libero.ScriptedExpert = None
+        sims.reset(1007)
+        assert [sims.advance(action) for _ in range(4)] == [False, False, True, False]
+        assert all(done is action for done in sims.sim.done)
+        assert set(sims.observe()) == {"state", "tokens"}
+        assert np.array_equal(sims.observe()["tokens"], tokens("pick up the milk"))
+
+
+def test_a_seed_is_a_task_and_a_start_and_a_tasks_simulator_is_kept():
+    with still_sims(state_dim=18, gl=None) as sims:
+        for seed in (2 * libero.TASK + 7, 1007, 2 * libero.TASK + 1008):
+            sims.reset(seed)
+    first, second = sims.sims[2], sims.sims[0]
+    assert first.reset_to == [7, 1008] and second.reset_to == [1007]
+    assert first.made == ("libero_object", 2, dict(state_dim=18, gl=None))
+    assert sims.sim is first and sims.name == "task2_placement1008"
+    sims.close()
+    assert first.closed and second.closed
+
+
+# ------------------------------------------------------------------------------------------------
+# Recorded demonstrations, without a simulator
+
+
+class EchoSim:
+    """Replays a state as itself."""
+
+    def __init__(self, suite, task):
+        pass
+
+    def replay(self, states, model_file):
+        assert model_file == "<a model/>"
+        return states[:, 1:]
+
+
+STILL, GRIPS = np.zeros(6), [-1, -1, -1, 1, 1, 1, 1, 1]
+MOVES = [STILL, STILL + 0.5, STILL, STILL, STILL, STILL + 5e-5, STILL + 2e-4,
+         np.array([0, 0, 0, 0, 0, -0.3])]
+# The first step has no grip before it; the fourth opens the hand; of the last two one is small and
+# one turns the hand only. The third, fifth and sixth do nothing.
+MOVING = [0, 1, 3, 6, 7]
+
+
+def write_demos(path, numbers, size=4):
+    """A file of demos with these numbers; a state holds the demo's number and the step."""
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as content:
+        data = content.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"language_instruction": (
+            libero.read_suite("libero_object").problems[0].instruction)})
+        for number in numbers:
+            demo = data.create_group(f"demo_{number}")
+            demo.attrs["model_file"] = "<a model/>"
+            demo["actions"] = np.column_stack([MOVES, GRIPS])
+            states = np.zeros((8, 19))
+            states[:, 1], states[:, 2] = number, np.arange(8)
+            demo["states"] = states
+            for camera in ("agentview_rgb", "eye_in_hand_rgb"):
+                demo[f"obs/{camera}"] = rng.integers(0, 256, (8, size, size, 3), dtype=np.uint8)
+
+
+class Here:
+    """A pool of one process, this one."""
+
+    def __init__(self, workers, mp_context):
+        assert workers == 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *what):
+        pass
+
+    def submit(self, function, *args):
+        return SimpleNamespace(result=lambda: function(*args))
+
+
+@contextlib.contextmanager
+def echoing():
+    """A folder for demos, which are replayed here and without a simulator."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(libero_demos, "LiberoSim", EchoSim)
+        patch.setattr(libero_demos.concurrent.futures, "ProcessPoolExecutor", Here)
+        yield Path(folder)
+
+
+def demos_of(numbers, num_demos, skip_no_ops, obs="state", image_size=None):
+    """What `recorded_demos` makes of such a file -> (demos, images {number: (agent, wrist)})."""
+    with echoing() as folder:
+        write_demos(folder / SOUP, numbers)
+        demos = libero_demos.recorded_demos("libero_object", [0], folder, num_demos, skip_no_ops,
+                                            obs, image_size)
+        with h5py.File(folder / SOUP) as content:
+            images = {number: [content[f"data/demo_{number}/obs/{camera}_rgb"][:] for camera in
+                               ("agentview", "eye_in_hand")] for number in numbers}
+    return demos, images
+
+
+def test_steps_that_do_nothing_are_kept_or_left_out():
+    for skip, wanted in ((False, [*range(8)]), (True, MOVING)):
+        (rows, actions), = demos_of([0], 1, skip)[0]
+        assert rows["state"][:, 1].tolist() == wanted and rows["state"].shape == (len(wanted), 18)
+        made = np.column_stack([MOVES, GRIPS])[wanted].astype(np.float32)
+        assert np.array_equal(actions, made) and actions.dtype == torch.float32
+        sentence = libero.read_suite("libero_object").problems[0].instruction
+        assert (rows["tokens"].numpy() == tokens(sentence)).all() and len(rows["tokens"]) == len(made)
+
+
+def test_demos_come_in_the_order_of_their_numbers():
+    """2 before 10, whatever the alphabet says; and no more than asked."""
+    for count, wanted in ((4, [0, 1, 2, 9]), (5, [0, 1, 2, 9, 10]), (9, [0, 1, 2, 9, 10])):
+        demos, _ = demos_of([10, 1, 9, 0, 2], count, False)
+        assert [int(rows["state"][0, 0]) for rows, _ in demos] == wanted
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_row_with_images_has_those_of_the_step_before_so_the_first_is_left_out(skip):
+    check_images_of_demos(skip)
+
+
+def check_images_of_demos(skip):
+    demos, images = demos_of([0, 3], 2, skip, "rgb", 4)
+    steps = (MOVING if skip else [*range(8)])[1:]
+    for number, (rows, actions) in zip((0, 3), demos):
+        assert rows["state"].shape == (len(steps), 6)    # the hand alone
+        assert rows["state"][:, :2].tolist() == [[number, step] for step in steps]
+        assert np.array_equal(actions, np.column_stack([MOVES, GRIPS])[steps].astype(np.float32))
+        assert rows["rgb"].shape == (len(steps), 2, 3, 4, 4) and rows["rgb"].dtype == torch.uint8
+        for row, step in enumerate(steps):
+            for camera in range(2):
+                upright = np.rot90(images[number][camera][step - 1], 2).transpose(2, 0, 1)
+                assert np.array_equal(rows["rgb"][row, camera], upright)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    ("cut", ["--demos", "complete"]), ("no images", ["--demos", "complete", "obs"]),
+    ("missing", ["--demos", "--suite libero_object"]),
+    ("other", ["--demos", "alphabet soup", "task 3"]),
+    ("size", ["--image-size 128", f"--image-size {SIZE}"])])
+def test_spoiled_demos_get_one_line(spoil, words):
+    with echoing() as folder:
+        path = file = folder / SOUP
+        write_demos(file, [0], SIZE)
+        if spoil == "cut":
+            file.write_bytes(file.read_bytes()[:10_000])
+        elif spoil == "missing":
+            file.unlink()
+            path = folder
+        elif spoil == "no images":
+            with h5py.File(file, "a") as content:
+                del content["data/demo_0/obs"]
+        with pytest.raises(SystemExit) as error:
+            libero_demos.recorded_demos("libero_object", [3 if spoil == "other" else 0], path, 1,
+                                        False, "rgb", 128)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -161,6 +561,58 @@ def test_advance_equals_liberos_own_step(soup):
     slow = soup.env.sim.data.qpos.copy()
     soup.place(0)  # another controller, patched, for the tests to come
     assert np.array_equal(slow, fast)
+
+
+def unit(quaternion, vector):
+    """A vector turned by MuJoCo's quaternion, which has its real part first."""
+    return Rotation.from_quat(np.roll(quaternion, -1)).apply(vector)
+
+
+@sim
+def test_each_number_of_the_state_is_mujocos(cabinet):
+    """Names, poses and joints looked up in MuJoCo itself, angles from its quaternions; after the
+    arm has turned and pushed, with a drawer open and the stove's knob turned."""
+    import mujoco
+    cabinet.reset(1004)
+    push = np.array([0.3, 0.2, -0.6, 0, 0, 0.5, -1])
+    for _ in range(12):
+        cabinet.advance(push)
+    data = cabinet.data
+    joints = {"wooden_cabinet_1_middle_region": "wooden_cabinet_1_middle_level",
+              "flat_stove_1": "flat_stove_1_button"}
+    for joint, opening in zip(joints.values(), (-0.11, 0.4)):
+        data.joint(joint).qpos[0] = opening
+    mujoco.mj_forward(cabinet.model, data)
+    bodies = ["cream_cheese_1", "akita_black_bowl_1", "flat_stove_1", "wine_bottle_1"]
+    regions = ["wooden_cabinet_1_middle_region", "wooden_cabinet_1_top_side"]
+    things = [bodies[0], regions[0], *bodies[1:], regions[1]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cabinet, "entities", things)
+        patch.setattr(cabinet, "state_dim", 6 + 6 * 8)
+        state = cabinet.observe()["state"].astype(float)
+
+    grip = data.site("gripper0_grip_site")
+    quaternion = np.zeros(4)
+    mujoco.mju_mat2Quat(quaternion, grip.xmat)
+    close = unit(quaternion, [0, 1, 0])                    # along which the fingers close
+    assert abs(close[2]) < 0.1 < abs(close[1])      # it is level, and has turned
+    fingers = [data.joint(f"gripper0_finger_joint{i}").qpos[0] for i in (1, 2)]
+    wanted = [*grip.xpos, close[1], *fingers]
+    for thing in things:
+        if thing in bodies:
+            entry = data.body(f"{thing}_main")
+            place, turned = entry.xpos, entry.xquat
+        else:
+            place, turned = data.site(thing).xpos, None
+        axis = {"cream_cheese_1": [0, 1, 0]}.get(thing)    # the bottle's is None: it is round
+        seen = 0j
+        if axis:
+            x, y, _ = Rotation.from_quat(np.roll(quaternion, -1)).inv().apply(unit(turned, axis))
+            seen = complex(x, y) ** 2                      # twice the angle
+        opening = data.joint(joints[thing]).qpos[0] if thing in joints else 0
+        wanted += [*(place - grip.xpos), seen.real, seen.imag, opening]
+    assert abs(state[6 + 3]) > 0.05 and abs(state[6 + 4]) > 0.05
+    np.testing.assert_allclose(state, [*wanted, *np.zeros(12)], atol=1e-6)
 
 
 @sim
@@ -349,13 +801,20 @@ def test_films(gl, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def recorded(soup, tmp_path_factory):
+def recorded():
+    folder, seen = recording()
+    return Path(folder.name) / SOUP, seen
+
+
+@functools.cache
+def recording():
     """Two short episodes of the expert in the official file format, and the states seen live.
 
     The images are random: what matters is where each pixel of the file ends up.
     """
-    rng, seen = np.random.default_rng(0), []
-    file = tmp_path_factory.mktemp("demos") / SOUP
+    soup, rng, seen = simulator("libero_object", 0), np.random.default_rng(0), []
+    folder = tempfile.TemporaryDirectory()
+    file = Path(folder.name) / SOUP
     with h5py.File(file, "w") as content:
         data = content.create_group("data")
         data.attrs["problem_info"] = json.dumps({"language_instruction": [soup.instruction]})
@@ -371,11 +830,11 @@ def recorded(soup, tmp_path_factory):
                 seen.append(soup.observe()["state"])
                 soup.advance(action)
             demo = data.create_group(f"demo_{i}")
-            demo.attrs["model_file"] = soup.env.sim.model.get_xml()
+            demo.attrs["model_file"] = soup.xml
             demo["actions"], demo["states"] = np.stack(actions), np.stack(states)
             for camera in ("agentview_rgb", "eye_in_hand_rgb"):
                 demo[f"obs/{camera}"] = rng.integers(0, 256, (12, SIZE, SIZE, 3), dtype=np.uint8)
-    return file, np.stack(seen)
+    return folder, np.stack(seen)
 
 
 @sim
@@ -412,34 +871,19 @@ def test_recorded_images_of_steps_that_were_left_out_serve_the_next(recorded):
 
 
 @sim
-@pytest.mark.parametrize("spoil, words", [
-    ("cut", ["--demos", "complete"]), ("no images", ["--demos", "complete", "obs"]),
-    ("missing", ["--demos", "--suite libero_object"]),
-    ("other", ["--demos", "alphabet soup", "task 3"]),
-    ("size", ["--image-size 128", f"--image-size {SIZE}"])])
-def test_spoiled_demos_get_one_line(recorded, tmp_path, spoil, words):
-    file, task = tmp_path / SOUP, 3 if spoil == "other" else 0
-    file.write_bytes(recorded[0].read_bytes())
-    if spoil == "cut":
-        file.write_bytes(recorded[0].read_bytes()[:10_000])
-    elif spoil == "missing":
-        file.unlink()
-        file = tmp_path
-    elif spoil == "no images":
-        with h5py.File(file, "a") as content:
-            del content["data/demo_0/obs"]
+def test_an_error_in_the_process_that_replays_is_one_line(recorded, tmp_path):
+    (tmp_path / SOUP).write_bytes(recorded[0].read_bytes()[:10_000])
     with pytest.raises(SystemExit) as error:
-        libero_demos.recorded_demos("libero_object", [task], file, 1, False, "rgb", 128)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+        libero_demos.recorded_demos("libero_object", [0], tmp_path, 1, False, "rgb", 128)
+    assert "--demos" in str(error.value) and "\n" not in str(error.value)
 
 
 @sim
-def test_a_suite_with_fixtures_is_replayed_where_they_stood():
+def test_a_suite_with_fixtures_is_replayed_where_they_stood(cabinet):
     """The cabinet of the recording stands elsewhere than in a fresh simulator."""
-    cabinet = libero.LiberoSim("libero_goal", 4)
     cabinet.reset(1234)
     seen, state = cabinet.observe()["state"], cabinet.env.sim.get_state().flatten()
-    root = ElementTree.fromstring(cabinet.env.sim.model.get_xml())
+    root = ElementTree.fromstring(cabinet.xml)
     body = cabinet.env.obj_body_id["wooden_cabinet_1"]
     entry = root.find(f".//body[@name='{cabinet.model.body(body).name}']")
     entry.set("pos", " ".join(map(str, cabinet.model.body_pos[body])))

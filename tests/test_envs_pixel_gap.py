@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from conftest import expert_plan
-from envs import pixel_gap
+from envs import gap_world, pixel_gap
 from envs.pixel_gap import PixelGap
 
-flow = pixel_gap.flow
-SEEDS = flow.episode_seeds("test", 200)
+SEEDS = gap_world.episode_seeds("test", 200)
 
 
 @pytest.mark.parametrize("gap_y", [-0.3, -0.07, 0.0, 0.125, 0.29])
@@ -54,7 +53,7 @@ def test_who_reads_the_gap_off_the_picture_solves_every_variant():
 
 def test_training_has_as_many_scenes_as_asked_each_with_one_texture_and_one_gap():
     world = PixelGap(scenes=5)
-    obs = world.reset(flow.episode_seeds("train", 300))
+    obs = world.reset(gap_world.episode_seeds("train", 300))
     pictures = {image.numpy().tobytes() for image in obs["rgb"]}
     assert len(pictures) == 5 and len(set(world.gap_y)) == 5
     assert len({(image.numpy().tobytes(), gap) for image, gap in zip(obs["rgb"], world.gap_y)}) == 5

@@ -5,14 +5,31 @@ import functools
 import math
 import os
 import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT  # noqa: F401 (the way to envs, for the worker processes as well)
+from conftest import ROOT  # (the way to envs, for the worker processes as well)
 from envs import workers
+
+
+@functools.cache
+def loaded_by_imports():
+    """The packages that a fresh process has loaded once it has imported every script and world."""
+    code = ("import importlib, sys\n"
+            "for name in ('envs.libero_demos', 'envs.maniskill', 'envs.my_world', 'envs.pixel_gap',"
+            "             '04_train_libero', '05_train_maniskill'): importlib.import_module(name)\n"
+            "print(*{name.split('.')[0] for name in sys.modules})")
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE)
+    return set(done.stdout.split())
+
 
 # ------------------------------------------------------------------------------------------------
 # A simulator behind chunks
@@ -76,19 +93,48 @@ def test_an_action_is_held_for_several_control_steps():
     assert seen == [1, 1, 1, 2, 2, 2]
 
 
+class Filmed(Countdown):
+    """Its picture grows brighter with the time; the names of its episodes tell their seeds."""
+
+    def reset(self, seed):
+        super().reset(seed)
+        self.name = f"from_{seed}"
+
+    def look(self):
+        return np.full((16, 32, 3), 20 * self.step, np.uint8)
+
+
+def check_films():
+    """Episodes one after the other in one simulator, each with a film of its own."""
+    ends = ((5, 5, "success"), (10, 10, "success"), (12, 10, "failure"))
+    written = {}
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        import imageio
+        patch.setattr(imageio, "mimwrite", lambda path, frames, fps: written.update(
+            {path: ([frame.mean() for frame in frames], fps)}))
+        new = Path(folder) / "new"
+        env = workers.ChunkEnv(Filmed, state_space(2), 1, 10, 2, 3, film=new)
+        for arrival, _, _ in ends:
+            env.reset(seed=arrival)
+            for _ in range(3):                                  # the last one is after the end
+                env.step(np.zeros((2, 1)))
+        assert new.is_dir()
+    assert written == {new / f"from_{arrival}_{outcome}.mp4": (
+        [20 * step for step in range(1, frames + 1)], 20) for arrival, frames, outcome in ends}
+
+
 def test_a_film_has_a_picture_of_each_control_step_and_says_how_it_ended(tmp_path):
+    check_films()
     import imageio
-    for arrival, frames, outcome in ((5, 5, "success"), (10, 10, "success"), (12, 10, "failure")):
-        env = workers.ChunkEnv(Countdown, state_space(2), 1, 10, 2, 3, film=tmp_path / "new")
+    env = workers.ChunkEnv(Filmed, state_space(2), 1, 10, 2, 3, film=tmp_path / "new")
+    for arrival, frames, outcome in ((5, 5, "success"), (12, 10, "failure")):
         env.reset(seed=arrival)
-        env.sim.name = f"from_{arrival}"
-        env.sim.look = lambda: np.full((16, 32, 3), 20 * env.sim.step, np.uint8)
         for _ in range(2):
             env.step(np.zeros((2, 1)))
         film = imageio.mimread(tmp_path / "new" / f"from_{arrival}_{outcome}.mp4")
         assert len(film) == frames and film[0].shape == (16, 32, 3)
         assert abs(film[3].mean() - 80) < 5
-    assert len(list((tmp_path / "new").iterdir())) == 3
+    assert len(list((tmp_path / "new").iterdir())) == 2
 
 
 def test_a_simulator_is_built_at_the_first_reset_with_a_seed_and_only_once():
@@ -336,6 +382,9 @@ class Serial:
         info = {name: np.array([info[name] for info in infos]) for name in infos[0]}
         return self.together(), *map(np.array, scalars), info
 
+    def close(self):
+        self.closed = True
+
 
 def in_process(make_env, num_envs, plays=lambda slot, seed: True):
     """Workers whose simulators live here."""
@@ -411,3 +460,74 @@ def test_an_idle_simulator_adds_no_rows_and_steals_no_outcome():
     check_rows(success, rows, [winner])
     check_play(4, (SEEDS[0], winner))
     assert len(rows["mask"]) == math.ceil(sum(rows["mask"].flatten().tolist()) / 4)
+
+
+# ------------------------------------------------------------------------------------------------
+# Demonstrations of a scripted expert that sometimes fails
+
+
+class Moody:
+    """A simulator whose expert says 1. A mood that hangs on the seed decides if that helps; the
+    third time is the last."""
+
+    def __init__(self, hope):
+        self.hope = hope
+
+    @staticmethod
+    def good(seed, hope):
+        return np.random.default_rng(seed).random() < hope
+
+    def reset(self, seed):
+        self.seed, self.step = seed, 0
+
+    def advance(self, action):
+        assert np.allclose(action, [1, 0.1 * self.step])
+        self.step += 1
+        return self.step == 3 and self.good(self.seed, self.hope)
+
+    def observe(self):
+        return {"state": np.float32([self.seed, self.step]),
+                "action": np.float32([1, 0.1 * self.step])}
+
+
+def moody_workers(hope):
+    box = gym.spaces.Box
+    space = gym.spaces.Dict({"state": box(-np.inf, np.inf, (2,)), "action": box(-1, 1, (2,))})
+    return in_process(functools.partial(workers.ChunkEnv, functools.partial(Moody, hope), space, 2,
+                                        4, 1), 2)
+
+
+def test_scripted_demos_keep_the_first_successes_of_each_task():
+    """Two tasks in two simulators, the expert fails every second time."""
+    candidates, world = [range(1000, 1040), range(2000, 2040)], moody_workers(0.5)
+    demos = workers.scripted_demos(world, candidates, 4)
+    wanted = [[seed for seed in seeds if Moody.good(seed, 0.5)][:4] for seeds in candidates]
+    assert wanted[0][-1] > 1004                                    # some did fail
+    assert sorted(int(rows["state"][0, 0]) for rows, _ in demos) == sum(wanted, [])
+    for rows, actions in demos:
+        assert rows["state"][:, 1].tolist() == [0, 1, 2]
+        assert len(set(rows["state"][:, 0].tolist())) == 1        # all of one episode
+        torch.testing.assert_close(actions, torch.tensor([[1, 0], [1, 0.1], [1, 0.2]]))
+        assert set(rows) == {"state"}                             # what was observed, no more
+    assert world.envs.closed
+
+
+def test_no_candidate_is_tried_that_is_not_needed():
+    """Of an expert that always succeeds as many as asked; the next ones only for what failed."""
+    tried, play = [], workers.Workers.play
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workers.Workers, "play", lambda self, act, seeds: tried.append(
+            list(seeds)) or play(self, act, seeds))
+        workers.scripted_demos(moody_workers(1.0), [range(1000, 1040), range(2000, 2040)], 3)
+        assert tried == [[1000, 1001, 1002, 2000, 2001, 2002]]
+        tried.clear()
+        workers.scripted_demos(moody_workers(0.5), [range(1000, 1040)], 4)
+    assert sum(tried, []) == [*range(1000, 1000 + len(sum(tried, [])))]
+    for asked, later in zip(tried, tried[1:]):
+        missing = sum(not Moody.good(seed, 0.5) for seed in asked)
+        assert len(later) == missing > 0
+
+
+def test_an_expert_that_never_succeeds_gets_one_line():
+    with pytest.raises(SystemExit, match="^--num-demos 4: [^\n]*$"):
+        workers.scripted_demos(moody_workers(0.0), [range(8)], 4)

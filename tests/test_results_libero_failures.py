@@ -1,18 +1,20 @@
-"""results/libero_failures.py: what a path of states is called, and a run on the simulator."""
+"""results/libero_failures/run.py: what a path of states is called, and a run on the simulator."""
 
 import importlib
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, result_line, run_script, wrong_call
+from conftest import result_line, run_script, wrong_call
+from policies import build_policy
+from policies.small import RobotPolicy
+from tools.run import save
 
-sys.path.insert(0, str(ROOT / "results"))
-failures, study = map(importlib.import_module, ("libero_failures", "study"))
-robot = failures.robot
+SCRIPT = "results/libero_failures/run.py"
+failures, common, robot = map(importlib.import_module, (
+    "results.libero_failures.run", "results.common", "04_train_libero"))
 
 
 def path(heights, distances):
@@ -36,23 +38,22 @@ def test_what_became_of_the_thing(heights, distances, fate):
 
 
 def test_a_wrong_call_is_told_in_one_line(tmp_path):
-    assert "no such file" in wrong_call("libero_failures.py", str(tmp_path / "none.pt"))
+    assert "no such file" in wrong_call(SCRIPT, str(tmp_path / "none.pt"))
     for flags in {"task": "PickCube-v1", "obs": "state"}, {"suite": "libero_goal", "obs": "rgb"}:
-        robot.save(tmp_path / "other.pt", robot.RobotPolicy(1, 7, state_dim=18),
-                   SimpleNamespace(flags=flags))
-        assert "--obs state" in wrong_call("libero_failures.py", str(tmp_path / "other.pt"))
+        save(tmp_path / "other.pt", RobotPolicy(1, 7, state_dim=18), SimpleNamespace(flags=flags))
+        assert "--obs state" in wrong_call(SCRIPT, str(tmp_path / "other.pt"))
 
 
 @pytest.mark.sim
 def test_a_row_for_each_task_and_noise(tmp_path):
     args = robot.parse_args(["--tasks", "0", "1", "--out", str(tmp_path)])
-    policy = robot.make_policy(args)
+    policy = build_policy(robot.policy_config(args))
     policy.fit_normalisation({"state": torch.randn(9, args.state_dim)}, torch.rand(9, 1, 7))
-    robot.save(tmp_path / "clone.pt", policy, args)
-    done = run_script("results/libero_failures.py", "clone.pt", "--episodes", "1", "--num-envs",
-                      "1", "--out", "found/rows.csv", cwd=tmp_path)
+    save(tmp_path / "clone.pt", policy, args)
+    done = run_script(SCRIPT, "clone.pt", "--episodes", "1", "--num-envs", "1", "--out",
+                      "found/rows.csv", cwd=tmp_path)
     assert result_line(done)["rows"] == 4
-    rows = study.read(tmp_path / "found/rows.csv")
+    rows = common.read(tmp_path / "found/rows.csv")
     assert [(row["noise_level"], row["task"]) for row in rows] == [
         ("0", "0"), ("0", "1"), ("0.5", "0"), ("0.5", "1")]
     assert all(sum(float(row[kind]) for kind in ("success", "missed", "dropped", "late")) == 1

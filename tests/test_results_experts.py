@@ -1,19 +1,18 @@
-"""results/experts.py: the scripted controllers alone, on both simulators; wrong calls."""
+"""results/experts/run.py: the scripted controllers alone, on both simulators; wrong calls."""
 
 import csv
 import importlib
-import sys
 
 import pytest
 
-from conftest import ROOT, run_main, wrong_call
+from conftest import run_main, wrong_call
 
-sys.path.insert(0, str(ROOT / "results"))
-experts = importlib.import_module("experts")
+SCRIPT = "results/experts/run.py"
+experts = importlib.import_module("results.experts.run")
 
 
 def rows_of(tmp_path, *flags):
-    code, out, _ = run_main("experts.py", *flags, "--num-envs", 2, "--out", tmp_path / "e.csv")
+    code, out, _ = run_main(SCRIPT, *flags, "--num-envs", 2, "--out", tmp_path / "e.csv")
     assert code is None and out.strip().split("\n")[-1].startswith("RESULT ")
     with open(tmp_path / "e.csv", newline="") as file:
         return out, list(csv.DictReader(file))
@@ -60,9 +59,9 @@ def test_a_task_of_maniskill_and_its_variants(tmp_path, monkeypatch):
     (["maniskill", "--out", "a_file/x.csv"], "--out a_file"),
 ])
 def test_a_wrong_call_is_told_in_one_line(flags, told):
-    assert told in wrong_call("experts.py", *flags)
+    assert told in wrong_call(SCRIPT, *flags)
 
 
 def test_the_help_of_a_world_names_it():
-    code, told, _ = run_main("experts.py", "libero", "--help")
-    assert code == 0 and told.startswith("usage: experts.py libero ") and "--suite" in told
+    code, told, _ = run_main(SCRIPT, "libero", "--help")
+    assert code == 0 and told.startswith("usage: run.py libero ") and "--suite" in told

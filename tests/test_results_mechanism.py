@@ -1,4 +1,4 @@
-"""results/mechanism.py against a linear flow, for which every part is known in closed form."""
+"""results/mechanism/run.py against a linear flow, for which every part is known in closed form."""
 
 import csv
 import importlib
@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+import conftest  # noqa: F401  (the way to the scripts)
+from envs import gap_world
 
-sys.path.insert(0, str(ROOT / "results"))
-mechanism = importlib.import_module("mechanism")
-flow = mechanism.flow
+mechanism = importlib.import_module("results.mechanism.run")
 
 
 class LinearFlow(torch.nn.Module):
@@ -69,16 +68,16 @@ def test_a_systematic_part_is_not_invented_from_few_draws():
 
 def test_the_pull_goes_with_the_label_and_crosses_at_half(workplace, monkeypatch):
     """Labels that ignore the chunk: the pull is 1 - 2 x failures, up to noise."""
-    class Coin(flow.GapWorld):
+    class Coin(gap_world.GapWorld):
         def play(self, act, seeds):
             _, rows = super().play(act, seeds)
             chance = np.repeat(np.linspace(0, 1, 10), 200)
             return np.random.default_rng(0).random(len(seeds)) < chance, rows
 
     monkeypatch.chdir(workplace)
-    policy = flow.toy_policy(0)
-    monkeypatch.setattr(flow, "GapWorld", Coin)
-    failures, pulls = mechanism.pull(policy, 0.2, flow.episode_seeds("test", 10), 200)
+    policy = mechanism.flow.toy_policy(0)
+    monkeypatch.setattr(gap_world, "GapWorld", Coin)
+    failures, pulls = mechanism.pull(policy, 0.2, gap_world.episode_seeds("test", 10), 200)
     assert failures.shape == (10,) and pulls.shape == (10, 4)
     for k in range(3):                 # in the last step hardly anything is systematic
         np.testing.assert_allclose(pulls[:, k], 1 - 2 * failures, atol=0.35)

@@ -1,4 +1,4 @@
-"""tests/assignment.py: a copy without solutions; the reference gets full marks, an empty function
+"""course/assignment.py: a copy without solutions; the reference gets full marks, an empty function
 none; every planted mistake is called by its name; a loop, a hog and an exit end by themselves."""
 
 import ast
@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
-import assignment
 from conftest import ROOT, run_script, wrong_call
+from course import assignment
+from envs.gap_world import expert_demos
 
 SHEETS = ("A", "B", "C")
 TASKS = [task for sheet in SHEETS for task in assignment.tasks_of(sheet)]
@@ -73,7 +74,8 @@ def test_a_copy_holds_no_solution_and_still_explains_itself(copies, sheet):
     assert len(lines) > 2 * len(assignment.tasks_of(sheet))
     files = [path for path in folder.rglob("*") if path.suffix in (".py", ".md", ".ipynb")]
     assert len(files) > 10
-    assert not {"tests", "notebooks"} & {path.name for path in folder.iterdir()}
+    assert not {"tests", "notebooks", "course"} & {path.name for path in folder.iterdir()}
+    assert [path.name for path in (folder / "sheets").iterdir()] == [f"{sheet}.md"]
     for path in files:
         text = path.read_text()
         assert not [line for line in lines if line in text], path
@@ -127,14 +129,15 @@ def gae(values, success, episode, gamma=0.99, lam=0.95):
 def test_a_sheet_can_be_followed(copies):
     """Its one line that prints runs once `sliding_chunks` is there, its commands parse, and every
     question has an answer on the instructor's page."""
-    answers = (ROOT / "results/exercises/README.md").read_text().split("### The sheets")[1]
+    answers = (ROOT / "course/answers.md").read_text().split("## The sheets")[1]
     for sheet in SHEETS:
         text = (copies / f"{sheet}/sheets/{sheet}.md").read_text()
         line, = re.findall(r'`\.venv/bin/python -c "(.*)"`', text)
         if sheet != "A":
             done = subprocess.run([sys.executable, "-c", line], cwd=copies / sheet, text=True,
                                   capture_output=True, check=True)
-            assert done.stdout == "torch.Size([66, 4, 2])\n"
+            steps = len(expert_demos(1, seed=0)[0][1])
+            assert done.stdout == f"torch.Size([{steps}, 4, 2])\n"
         assert re.findall(rf"^\| {sheet} \| `(\w+)` \|", answers, re.M) == [
             task.name for task in assignment.tasks_of(sheet)]
 
@@ -155,12 +158,12 @@ def test_one_function_blocks_no_other_and_nothing_the_grader(copies, tmp_path, m
 
 
 def test_the_command_makes_and_grades(tmp_path):
-    made = run_script("tests/assignment.py", "make", "copy", "--sheet", "B", "--workflow",
+    made = run_script("course/assignment.py", "make", "copy", "--sheet", "B", "--workflow",
                       cwd=tmp_path)
     assert "functions=9" in made.stderr and "RESULT" not in made.stdout
     assert "--sheet B" in made.stdout
-    done = run_script("tests/assignment.py", "grade", "copy", "--sheet", "B", cwd=tmp_path,
+    done = run_script("course/assignment.py", "grade", "copy", "--sheet", "B", cwd=tmp_path,
                       ok=False)
     assert done.returncode == 1 and "points=0 of=21" in done.stdout
-    assert "not empty" in wrong_call("assignment.py", "make", tmp_path / "copy")
-    assert "01_flow_policy.py" in wrong_call("assignment.py", "grade", tmp_path)
+    assert "not empty" in wrong_call("course/assignment.py", "make", tmp_path / "copy")
+    assert "01_flow_policy.py" in wrong_call("course/assignment.py", "grade", tmp_path)

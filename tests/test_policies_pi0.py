@@ -5,8 +5,7 @@ import copy
 import importlib
 import json
 import shutil
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +13,14 @@ import torch
 
 from conftest import ROOT, result_line, run_script, wrong_call
 from envs import libero
-from envs.workers import tokens
-from policies import pi0
+from envs.workers import follow_expert, tokens
+from policies import credited, load_policy, pi0
 from test_envs_libero import gl, recorded, soup  # noqa: F401 (fixtures)
+from test_envs_workers import loaded_by_imports
+from tools import run
 
-sys.path.insert(0, str(ROOT / "results"))
-study, flow, sde, nft, robot = map(importlib.import_module, (
-    "pi0", "01_flow_policy", "02_sde_sampler", "03_step_loss", "04_train_libero"))
+study, flow, sde, nft = map(importlib.import_module, (
+    "results.pi0.run", "01_flow_policy", "02_sde_sampler", "03_step_loss"))
 ROBOT = dict(horizon=4, action_dim=7, state_dim=6)
 
 
@@ -58,9 +58,7 @@ def noise(rows):
 
 
 def test_importing_loads_no_transformers():
-    code = ("import sys, importlib; importlib.import_module('04_train_libero');"
-            "assert 'transformers' not in sys.modules")
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert "policies" in loaded_by_imports() and "transformers" not in loaded_by_imports()
 
 
 def test_its_samples_are_those_of_sample_actions(folder):
@@ -132,11 +130,15 @@ def recorded_batch(policy, rows=5):
 
 
 def gradients(policy, batch):
-    _, steps = nft.recorded_steps(policy, batch)
-    x_next, _ = steps.pop("x_next"), steps.pop("x_0")
-    v_theta, v_old = steps.pop("v_theta"), steps.pop("v_old")
-    v_theta = robot.credited(policy, v_theta, v_old)
-    nft.step_nft_loss(v_theta, v_old, target=x_next, **steps)[0].backward()
+    """Of the loss of all four steps of each row, which share what `encode` gave."""
+    ctx, loss = policy.encode(batch), 0
+    for k in batch["k"].T:
+        steps = nft.recorded_steps(policy, {**batch, "k": k}, ctx)
+        x_next, _ = steps.pop("x_next"), steps.pop("x_0")
+        v_theta, v_old = steps.pop("v_theta"), steps.pop("v_old")
+        v_theta = credited(policy, v_theta, v_old)
+        loss = loss + nft.step_nft_loss(v_theta, v_old, target=x_next, **steps)[0] / 4
+    loss.backward()
     return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
 
 
@@ -172,8 +174,8 @@ def test_padded_dims_take_part_in_the_flow_and_earn_no_credit(folder):
     assert x_0.shape == (3, 4, 8) and (x_0[..., 7] == 0).all()
     assert torch.allclose(policy.denormalise(x_0), chunks, atol=1e-5)
     v_theta, v_old = torch.ones(3, 4, 8), torch.zeros(3, 4, 8)
-    assert robot.credited(policy, v_theta, v_old)[..., 7].abs().max() == 0
-    assert robot.credited(policy, v_theta, v_old)[..., :7].min() == 1
+    assert credited(policy, v_theta, v_old)[..., 7].abs().max() == 0
+    assert credited(policy, v_theta, v_old)[..., :7].min() == 1
     x_1 = noise(3)
     other = x_1.clone()
     other[..., 7] += 1
@@ -190,7 +192,7 @@ def test_credit_asks_for_the_same_movement_as_of_the_small_policy(folder):
     policy.fit_normalisation(obs, chunks)
     small.fit_normalisation(obs, torch.nn.functional.pad(chunks, (0, 1)))
     v_theta, v_old = torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
-    credits = [robot.credited(each, v_theta, v_old)[0, 0].tolist() for each in (policy, small)]
+    credits = [credited(each, v_theta, v_old)[0, 0].tolist() for each in (policy, small)]
     assert credits[0] == credits[1] == [0, 0, 0, 1, 1, 1, 1, 0]  # from 0.1 / 2.33 = 0.043 on
 
 
@@ -223,11 +225,10 @@ def test_a_copy_shares_what_is_frozen_and_a_checkpoint_leaves_it_out(folder, tmp
             if p.requires_grad:
                 p += 0.01
     nft.ema_update(twin, policy, 0.5)
-    args = robot.parse_args(["--out", str(tmp_path)])
-    robot.save(tmp_path / "last.pt", policy, args)
+    run.save(tmp_path / "last.pt", policy, SimpleNamespace(flags={}))
     content = torch.load(tmp_path / "last.pt", weights_only=True)["policy"]
     assert content and not [name for name in content if ".vlm." in name]
-    again = robot.load_policy(tmp_path / "last.pt")
+    again = load_policy(tmp_path / "last.pt")
     after = flow.ode_sample(policy, obs, 4, x_1)
     assert torch.equal(flow.ode_sample(again, obs, 4, x_1), after)
     between = flow.ode_sample(twin, obs, 4, x_1)
@@ -290,7 +291,7 @@ def test_statistics_of_another_robot_are_refused(folder, tmp_path):
 def test_sft_lowers_its_loss_on_rendered_demonstrations(folder, gl):  # noqa: F811
     world = libero.make_workers("libero_object", [0], 1, obs="rgb", demo_noise=0.2, max_steps=16,
                                 image_size=48, gl=gl)
-    _, rows = world.play(robot.follow, [libero.random_start(0, 3)])
+    _, rows = world.play(follow_expert, [libero.random_start(0, 3)])
     world.close()
     chunks = flow.sliding_chunks(rows["action"], 4)
     obs = {name: rows[name] for name in ("state", "rgb", "tokens")}

@@ -1,6 +1,8 @@
-"""results/ablations.py: every variant's rollout, target and loss against slow scalar loops or
-closed forms; the loop against 03's; the tables, the script. (The csv that resumes: test_study.)"""
+"""results/ablations/run.py: every variant's rollout, target and loss against slow scalar loops or
+closed forms; the loop against 03's; the tables, the script. (The csv that resumes:
+test_results_common.)"""
 
+import copy
 import importlib
 import math
 import shlex
@@ -12,14 +14,15 @@ import pytest
 import torch
 from scipy import special, stats
 
-from conftest import ROOT, Scripted, expert_plan, run_script
+from conftest import Scripted, expert_plan, run_script
+import tools.flags
+from envs.gap_world import GapWorld
 from test_03_step_loss import Diary, Foreign, batch_of_steps, one_step, random_policy, slow_mean
 
-sys.path.insert(0, str(ROOT / "results"))
 flow = importlib.import_module("01_flow_policy")
 sde = importlib.import_module("02_sde_sampler")
 nft = importlib.import_module("03_step_loss")
-ablations, study = map(importlib.import_module, ("ablations", "study"))
+ablations, common = map(importlib.import_module, ("results.ablations.run", "results.common"))
 
 TIMES = [1, 0.75, 0.5, 0.25, 0]
 
@@ -221,7 +224,7 @@ def test_an_ode_rollout_noises_its_endpoint_afresh():
     assert all(stats.kstest(n, "norm").pvalue > 1e-3 for n in noise)
     assert np.abs(np.corrcoef(noise) - np.eye(4)).max() < 0.1
     plan = Scripted(lambda state: expert_plan(state, 4), 4)             # the ODE has no noise in it
-    _, batch = flow.GapWorld().play(ablations.explore_ode(plan, 4, 0.3), range(9))
+    _, batch = GapWorld().play(ablations.explore_ode(plan, 4, 0.3), range(9))
     np.testing.assert_allclose(batch["x"][:, 4], expert_plan(batch["state"].numpy(), 4), atol=1e-5)
 
 
@@ -245,7 +248,8 @@ def make_job(name, **changes):
     ("labels-grouped", "--group-size 8"), ("noise-0.5", "--noise-level 0.5")])
 def test_a_variant_that_03_has_flags_for_is_03s_train_toy(workplace, monkeypatch, name, flags):
     monkeypatch.chdir(workplace)
-    argv = f"--iterations 2 --episodes 16 --out {workplace} {flags}".split()
+    argv = (f"--lr 1e-3 --noise-level 0.2 --ema 0.1 0.995 --iterations 2 --episodes 16 "
+            f"--out {workplace} {flags}").split()
     *_, before, after = nft.train_toy(nft.parse_args(argv))
     trained, update = [], nft.update
     monkeypatch.setattr(nft, "update", lambda policy, *rest, **options: (
@@ -278,10 +282,10 @@ def test_every_variant_runs_and_no_two_are_the_same(workplace, monkeypatch):
                 if torch.equal(ends[a], ends[b])]
 
 
-def watch(name, monkeypatch):
-    """What a variant hands to `update` in its first iteration -> (batch, options)."""
-    seen = []
-    monkeypatch.setattr(nft, "update", lambda policy, optimizer, batch, **options: seen.append(
+def watch(name, monkeypatch, place=nft):
+    """What a variant hands to its update in its first iteration -> (batch, options)."""
+    seen, update = [], "update" if place is nft else "update_all_steps"
+    monkeypatch.setattr(place, update, lambda policy, optimizer, batch, **options: seen.append(
         (batch, options)))
     monkeypatch.setattr(ablations, "TEST_EPISODES", 2)
     ablations.run(make_job(name, iterations=1, episodes=64))
@@ -291,10 +295,12 @@ def watch(name, monkeypatch):
 def test_every_variant_reaches_its_place(workplace, monkeypatch):
     """The error, the loss, the steps and labels that its name promises."""
     monkeypatch.chdir(workplace)
+    default = dict(target="next", loss=nft.step_nft_loss, error=nft.step_error, beta=1.0,
+                   max_drift=0.5, dpo_beta=1.0)
     batch, options = watch("default", monkeypatch)
-    assert options == dict(target="next", loss=nft.step_nft_loss, error=nft.step_error, beta=1.0,
-                           max_drift=0.5, dpo_beta=1.0)
-    assert batch["k"].shape[1] == 1 and set(batch["y"].tolist()) <= {-1.0, 1.0}
+    assert options == default
+    assert batch["k"].shape == batch["y"].shape and set(batch["y"].tolist()) <= {-1.0, 1.0}
+    assert set(batch["k"].tolist()) == {0, 1, 2, 3}
     for name, target, error in (
             ("target-next-mean", "endpoint", ablations.next_mean_error),
             ("target-endpoint", "endpoint", nft.endpoint_error),
@@ -307,25 +313,75 @@ def test_every_variant_reaches_its_place(workplace, monkeypatch):
         assert (options["target"], options["error"]) == (target, error), name
     for form in ("weighted", "positive", "negative"):
         assert watch(f"loss-{form}", monkeypatch)[1]["loss"] is ablations.LOSSES[form]
-    batch, _ = watch("all-steps", monkeypatch)
-    assert batch["k"].tolist() == [[0, 1, 2, 3]] * len(batch["x"])
+    assert watch("all-steps", monkeypatch, ablations)[1] == default
     for name, mean in (("labels-centred", 0.0), ("labels-grouped", 0.0)):
         batch, _ = watch(name, monkeypatch)
         each = torch.stack([batch["y"][batch["episode"] == e][0] for e in range(64)])
         assert each.mean().item() == pytest.approx(mean, abs=1e-6) and each.abs().max() > 0
 
 
+def test_the_settings_of_the_study_are_the_papers_whatever_03s_defaults_are():
+    assert {name: ablations.BASE[name] for name in (
+        "target", "noise_level", "num_steps", "beta", "max_drift", "dpo_beta", "ema",
+        "group_size")} == {
+        "target": "next", "noise_level": 0.2, "num_steps": 4, "beta": 1.0, "max_drift": 0.5,
+        "dpo_beta": 1.0, "ema": [0.1, 0.995], "group_size": 1}
+    args = ablations.settings({"variant": "default", "seed": 0, "lr": 1e-3, "iterations": 2,
+                               "episodes": 16})
+    assert vars(args) == {**ablations.BASE, "variant": "default", "seed": 0, "lr": 1e-3,
+                          "iterations": 2, "episodes": 16}
+
+
+def test_all_steps_of_a_row_are_03s_recorded_steps_at_each_k():
+    """Row after row, each with its steps 0 to 3."""
+    policy, world = random_policy(), Diary()
+    success, batch = world.play(nft.explore(policy, 4, 0.3), range(5))
+    rows, y = len(batch["x"]), nft.labels(success, batch["episode"])
+    each = [nft.recorded_steps(policy, {**batch, "y": y, "k": torch.full((rows,), k)},
+                               policy.encode(batch)) for k in range(4)]
+    found = ablations.all_steps(policy, {**batch, "y": y})
+    assert found.keys() == each[0].keys()
+    for name, values in found.items():
+        assert len(values) == 4 * rows
+        for b in range(rows):
+            for k in range(4):
+                torch.testing.assert_close(values[4 * b + k], each[k][name][b])
+
+
+def test_an_update_on_all_steps_takes_the_mean_over_rows_and_steps():
+    """One minibatch and plain gradient descent: the gradient is the mean of those of 03's update
+    on each of the four steps alone, which is small enough not to be clipped."""
+    start, world = random_policy(), Diary()
+    success, batch = world.play(nft.explore(start, 4, 0.3), range(5))
+    y = torch.where(torch.arange(len(batch["x"])) % 2 == 0, 1.0, -1.0)
+
+    def moved(update, **more):
+        policy = copy.deepcopy(start)
+        info = update(policy, torch.optim.SGD(policy.parameters(), lr=1e-3),
+                      {**batch, "y": y, **more}, epochs=1, minibatch=10**6, target="next",
+                      loss=nft.step_nft_loss, error=nft.step_error, grad_clip=1e9)
+        return info, torch.cat([(new - old).flatten() for new, old in zip(
+            policy.parameters(), start.parameters())])
+
+    info, together = moved(ablations.update_all_steps)
+    alone = [moved(nft.update, k=torch.full((len(y),), k)) for k in range(4)]
+    torch.testing.assert_close(together, torch.stack([step for _, step in alone]).mean(0),
+                               rtol=1e-3, atol=1e-7)
+    for name in ("loss", "drift", "margin"):
+        assert info[name] == pytest.approx(np.mean([one[name] for one, _ in alone]), abs=1e-5)
+
+
+@pytest.mark.parametrize("update", [nft.update, ablations.update_all_steps])
 @pytest.mark.parametrize("name", ["rollout-uncorrected", "rollout-ode"])
-def test_a_rollout_feeds_update_with_a_foreign_policy(name):
+def test_a_rollout_feeds_update_with_a_foreign_policy(name, update):
     """Nothing but the contract of a policy is used, and its context is handed on as it is."""
     policy, choice = Foreign(3), ablations.VARIANTS[name]
     act = ablations.ROLLOUTS[choice["rollout"]](policy, 4, 0.2)
-    success, batch = flow.GapWorld().play(act, range(8))
-    batch.update(k=torch.arange(4).expand(len(batch["x"]), 4),
-                 y=nft.labels(success, batch["episode"]))
+    success, batch = GapWorld().play(act, range(8))
+    batch.update(k=torch.randint(4, (len(batch["x"]),)), y=nft.labels(success, batch["episode"]))
     before = [p.clone() for p in policy.parameters()]
-    info = nft.update(policy, torch.optim.SGD(policy.parameters(), lr=0.1), batch, epochs=1,
-                      target="endpoint")
+    info = update(policy, torch.optim.SGD(policy.parameters(), lr=0.1), batch, epochs=1,
+                  target="endpoint", loss=nft.step_nft_loss, error=nft.endpoint_error)
     assert all(math.isfinite(v) for v in info.values())
     assert any((p != b).any() for p, b in zip(policy.parameters(), before))
 
@@ -408,16 +464,16 @@ def test_the_phase_table_pairs_the_next_step_with_every_other_target():
 
 def main_in(folder, monkeypatch, *flags):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", ["results/ablations/run.py", *map(str, flags)])
     ablations.main()
 
 
 def test_the_script_in_parallel_with_a_subset_by_name(workplace):
     flags = ("default", "beta-5", *FLAGS[:-1], 2, "--out", "out")
-    told = run_script("results/ablations.py", *flags, cwd=workplace).stdout
-    rows = study.read(workplace / "out" / "ablations.csv")
+    told = run_script("results/ablations/run.py", *flags, cwd=workplace).stdout
+    rows = common.read(workplace / "out" / "ablations.csv")
     assert {row["variant"] for row in rows} == {"default", "beta-5"} and len(rows) == 2
-    assert "RESULT arms=2 runs=2" in told and "0.945" in told
+    assert "RESULT variants=2 runs=2" in told and "0.945" in told
     assert (workplace / "out" / "ablations.png").stat().st_size > 1000
     assert not (workplace / "out" / "ablations_tuning.csv").exists()      # one lr: nothing to tune
 
@@ -434,7 +490,7 @@ def test_variants_are_tuned_on_other_seeds_and_played_with_what_was_best(no_trai
                                                                          monkeypatch, capsys):
     main_in(tmp_path, monkeypatch, "default", "noise-0.3", "--seeds", 2, "--out", "out", "--jobs",
             1)
-    tuned, rows = (study.read(tmp_path / "out" / f"ablations{end}.csv") for end in ("_tuning", ""))
+    tuned, rows = (common.read(tmp_path / "out" / f"ablations{end}.csv") for end in ("_tuning", ""))
     assert {row["seed"] for row in tuned} == {"100", "101", "102", "103"}
     assert {row["lr"] for row in tuned} == {"0.0003", "0.001"} and len(tuned) == 16
     assert {(r["variant"], r["noise_level"], r["lr"], r["seed"]) for r in rows} == {
@@ -448,19 +504,20 @@ def test_the_verdicts_hold_every_difference_of_the_folder(no_training, tmp_path,
     main_in(tmp_path, monkeypatch, "--phase", "--targets", "next", "endpoint",
             "--noise-levels", 0.3, "--ema", "0.9 0.9", "--lr", 1e-3, "--seeds", 2, "--jobs", 1,
             "--out", "out")
-    assert [(row["comparison"], row["seeds"], float(row["mean"])) for row in study.read(
+    assert [(row["comparison"], row["seeds"], float(row["mean"])) for row in common.read(
         tmp_path / "out/verdicts.csv")] == [("phase: next - endpoint, noise 0.3", "2", 0.0),
                                             ("beta: beta-5 - default", "2", 0.0)]
 
 
 def test_the_phase_tunes_every_target_in_every_width(no_training, tmp_path, monkeypatch, capsys):
     main_in(tmp_path, monkeypatch, "--phase", "--seeds", 2, "--out", "out", "--jobs", 1)
-    tuned, rows = (study.read(tmp_path / "out" / f"phase{end}.csv") for end in ("_tuning", ""))
-    arms = {(target, f"{noise:g}") for target in ("next", "next-mean", "endpoint")
-            for noise in ablations.NOISE_LEVELS}
-    assert {(row["target"], row["noise_level"]) for row in rows} == arms and len(rows) == 36
+    tuned, rows = (common.read(tmp_path / "out" / f"phase{end}.csv") for end in ("_tuning", ""))
+    compared = {(target, f"{noise:g}") for target in ("next", "next-mean", "endpoint")
+                for noise in ablations.NOISE_LEVELS}
+    assert {(row["target"], row["noise_level"]) for row in rows} == compared
+    assert len(rows) == 36
     assert {(row["lr"], row["ema"]) for row in rows} == {("0.0003", "0.9 0.9")}
-    assert len(tuned) == len(arms) * (12 + 6 + 3 + 3)
+    assert len(tuned) == len(compared) * (12 + 6 + 3 + 3)
     wanted = "target ema lr noise_level seed sft after episodes seconds".split()
     assert set(wanted) <= set(rows[0])
 
@@ -471,11 +528,11 @@ def test_the_command_in_a_row_makes_that_row(no_training, tmp_path, monkeypatch,
     main_in(tmp_path, monkeypatch, *flags, "--seeds", 1, "--first-seed", 5, "--out", "a",
             *(["--noise-levels", 0.3] if "--phase" in flags else []))
     name = "phase" if "--phase" in flags else "ablations"
-    row, = study.read(tmp_path / "a" / f"{name}.csv")
+    row, = common.read(tmp_path / "a" / f"{name}.csv")
     command = shlex.split(row["command"])
-    assert command[0] == "results/ablations.py"
+    assert command[0] == "results/ablations/run.py"
     main_in(tmp_path, monkeypatch, *command[1:], "--out", "b")
-    again, = study.read(tmp_path / "b" / f"{name}.csv")
+    again, = common.read(tmp_path / "b" / f"{name}.csv")
     assert {**again, "seconds": 0} == {**row, "seconds": 0}
 
 
@@ -493,20 +550,20 @@ def test_a_run_on_the_robot_is_05_from_the_seeds_own_clone(tmp_path, monkeypatch
     """The calls, without the simulator: the clone once, then each target from it."""
     asked = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ablations, "call", lambda command: (asked.append(command.split()), (
+    monkeypatch.setattr(common, "call", lambda command: (asked.append(command.split()), (
         Path("runs/phase_robot/seed2").mkdir(parents=True, exist_ok=True),
         Path("runs/phase_robot/seed2/sft.pt").touch()), "x\nRESULT sft=0.4 stepnft=0.6 y=1")[-1])
     for target in ("next", "endpoint"):
         row = ablations.run_robot({"target": target, "noise_level": 0.8, "ema": "0.1 0.5",
                                    "lr": 3e-4, "seed": 2})
         assert (row["sft"], row["after"]) == ("0.4", "0.6")
-    ppo = importlib.import_module("05_train_maniskill")
+    maniskill = importlib.import_module("05_train_maniskill")
     clone, *runs = asked
     assert clone[1:3] == ["--seed", "2"] and "--iterations 0" in " ".join(clone) and len(runs) == 2
-    monkeypatch.setattr(ppo.robot, "checkpoint", Path)
-    monkeypatch.setattr(ppo.robot, "check_clone", lambda *rest: None)
+    monkeypatch.setattr(tools.flags, "checkpoint", Path)
+    monkeypatch.setattr(maniskill.flags, "check_clone", lambda *rest: None)
     for command, target in zip(runs, ("next", "endpoint")):
-        args = ppo.parse_args(command[1:])
+        args = maniskill.parse_args(command[1:])
         assert (args.target, args.noise_level, args.lr, args.ema, args.iterations, args.episodes,
                 args.test_episodes, args.sft) == (
             target, 0.8, 3e-4, [0.1, 0.5], 12, 256, 400, Path("runs/phase_robot/seed2/sft.pt"))
