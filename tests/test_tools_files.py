@@ -1,76 +1,221 @@
-"""tools/files.py: files that are whole or not there, folders that are one run's."""
+"""Files are whole or not there, a folder is one run's, and what goes wrong is told in one line."""
 
+import importlib
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, one_clear_line, result_line, run_script
+from policies import load_policy
+from policies.small import RobotPolicy
+from tools import files, run
+
+flow = importlib.import_module("01_flow_policy")
+nft = importlib.import_module("03_step_loss")
+
+
+def python(code, *args, **options):
+    """A child that runs some code in the repo -> the process, its output in pipes."""
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+HOLD = """
+import sys, time
 from tools import files
+print(files.lock(sys.argv[1]), flush=True)
+sys.stdin.read()
+"""
 
 
-def test_a_file_comes_back_and_nothing_else_is_left(tmp_path):
-    files.save({"x": torch.arange(3)}, tmp_path / "a.pt")
-    assert files.load(tmp_path / "a.pt")["x"].tolist() == [0, 1, 2]
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+# ------------------------------------------------------------------------------------------------
+# A folder is one run's
 
 
-@pytest.mark.parametrize("error, words", [
-    (OSError(28, "No space left on device"), "No space left"),
-    (RuntimeError("unexpected pos 128 vs 0"), "disk full")])
-def test_a_save_that_fails_leaves_what_stood_there_and_one_line(tmp_path, monkeypatch, error, words):
-    files.save({"x": 1}, tmp_path / "a.pt")
-
-    def dies_halfway(content, path):
-        path.write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(torch, "save", dies_halfway)
-    with pytest.raises(SystemExit) as stopped:
-        files.save({"x": 2}, tmp_path / "a.pt")
-    assert words in str(stopped.value) and "\n" not in str(stopped.value)
-    assert files.load(tmp_path / "a.pt") == {"x": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+def test_a_folder_is_held_as_long_as_its_process_lives(tmp_path):
+    holder = python(HOLD, tmp_path, stdin=subprocess.PIPE)
+    assert holder.stdout.readline() == "True\n"
+    second = python(HOLD, tmp_path, stdin=subprocess.DEVNULL)
+    assert second.communicate()[0] == "False\n"
+    holder.kill()                                              # no time to clean up
+    holder.wait()
+    third = python(HOLD, tmp_path, stdin=subprocess.DEVNULL)
+    assert third.communicate()[0] == "True\n" and not list(tmp_path.iterdir())
 
 
-def test_a_broken_file_is_one_line_that_names_it(tmp_path):
-    files.save({"x": torch.randn(1000)}, tmp_path / "a.pt")
-    whole = (tmp_path / "a.pt").read_bytes()
-    for content in (whole[:1000], b"", b"no checkpoint at all"):
-        (tmp_path / "a.pt").write_bytes(content)
-        with pytest.raises(SystemExit) as stopped:
-            files.load(tmp_path / "a.pt")
-        assert str(tmp_path / "a.pt") in str(stopped.value) and "\n" not in str(stopped.value)
-    with pytest.raises(SystemExit):
-        files.load(tmp_path / "none.pt")
-
-
-def test_a_folder_is_made_or_one_line_says_why_not(tmp_path):
-    assert files.make_folder(tmp_path / "a" / "b").is_dir()
-    assert files.make_folder(tmp_path / "a").is_dir()             # there already
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as stopped:
-        files.make_folder(tmp_path / "file" / "b")
-    assert str(tmp_path / "file" / "b") in str(stopped.value) and "\n" not in str(stopped.value)
-
-
-def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path):
-    """This process may ask again; another is refused, but may have it once this one is done."""
-    claim = ("import sys; from pathlib import Path; from tools import files; "
-             "print(files.lock(Path(sys.argv[1])), flush=True); sys.stdin.read()")
-    command = [sys.executable, "-c", claim, str(tmp_path)]
-    other = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                             stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert other.stdout.readline() == "True\n"
-    assert not files.lock(tmp_path)
-    other.communicate("")
-    assert other.returncode == 0 and not list(tmp_path.iterdir())
+def test_a_process_may_claim_its_folder_twice_and_other_ranks_do_not_ask(tmp_path, monkeypatch):
     assert files.lock(tmp_path) and files.lock(tmp_path)
+    holder = python(HOLD, tmp_path, stdin=subprocess.DEVNULL,
+                    env={**os.environ, "RANK": "1"})           # torchrun's second rank
+    assert holder.communicate()[0] == "True\n"
     files.HELD.pop(tmp_path.resolve()).close()
 
 
-def test_under_torchrun_rank_0_claims_for_all(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert files.lock(tmp_path) and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("command", [
+    "02_sde_sampler.py", "03_step_loss.py", "05_train_maniskill.py --task PixelGap"])
+def test_a_second_run_in_the_same_folder_is_refused_in_one_line(command, tmp_path):
+    holder = python(HOLD, tmp_path, stdin=subprocess.PIPE)
+    holder.stdout.readline()
+    done = run_script(*command.split(), "--out", tmp_path, cwd=tmp_path, ok=False)
+    told = one_clear_line(done)
+    assert f"--out {tmp_path}" in told and "another run" in told and done.stdout == ""
+    holder.communicate()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path):
+    """01's clone is trained where 02 and 03 are called: /proc takes no folder."""
+    for script in ("02_sde_sampler.py", "03_step_loss.py"):
+        done = run_script(script, "--out", tmp_path / "out", cwd="/proc", ok=False)
+        told = one_clear_line(done)
+        assert "runs/01_flow_policy" in told and "another folder" in told and done.stdout == ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Whole files
+
+
+def test_a_file_that_does_not_fit_leaves_the_old_one_whole(tmp_path):
+    path = tmp_path / "last.pt"
+    files.save({"x": torch.zeros(3)}, path)
+    code = """
+import resource, signal, sys, torch
+from tools import files
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))      # as a disk that is full
+files.save({"x": torch.zeros(100_000)}, sys.argv[1])
+"""
+    child = python(code, path)
+    _, told = child.communicate()
+    assert child.returncode and len(told.strip().splitlines()) == 1, told
+    assert "could not be written" in told and str(path) in told
+    assert torch.equal(files.load(path)["x"], torch.zeros(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 half of a checkpoint", b"text"])
+def test_a_broken_clone_is_named_in_one_line(content, tmp_path):
+    path = tmp_path / "sft_demos6_steps3000_seed0.pt"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match="broken.*delete it"):
+        flow.toy_policy(0, folder=tmp_path)
+
+
+def test_a_half_written_clone_is_named_in_one_line(tmp_path):
+    path = tmp_path / "sft_demos6_steps3000_seed0.pt"
+    files.save(flow.FlowPolicy(4, 2, 3).state_dict(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(SystemExit, match="broken.*delete it"):
+        flow.toy_policy(0, folder=tmp_path)
+
+
+def test_only_rank_0_writes_a_checkpoint(tmp_path, monkeypatch):
+    policy, args = RobotPolicy(1, 2, 3, width=8), type("args", (), {"flags": {}})
+    for rank in (1, 0):
+        monkeypatch.setattr(run, "rank_of", lambda: (rank, 2))
+        run.save(tmp_path / "sft.pt", policy, args)
+        assert (tmp_path / "sft.pt").exists() == (rank == 0)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_prefixes_of_torchs_wrappers_are_no_part_of_a_name(prefix, tmp_path):
+    policy = RobotPolicy(1, 2, 3, width=8)
+    weights = {prefix + name: value for name, value in policy.state_dict().items()}
+    files.save({"config": policy.config, "policy": weights}, tmp_path / "last.pt")
+    loaded = load_policy(tmp_path / "last.pt")
+    for p, q in zip(policy.parameters(), loaded.parameters()):
+        assert torch.equal(p, q)
+
+
+def test_weights_of_another_network_are_told_in_one_line(tmp_path):
+    content = {"config": RobotPolicy(1, 2, 3, width=8).config,
+               "policy": RobotPolicy(1, 2, 3, width=16).state_dict()}
+    files.save(content, tmp_path / "last.pt")
+    with pytest.raises(SystemExit, match="not those of its config") as stopped:
+        load_policy(tmp_path / "last.pt")
+    assert "\n" not in str(stopped.value)
+
+
+# ------------------------------------------------------------------------------------------------
+# No number any more
+
+
+def test_a_gradient_that_is_no_number_changes_nothing():
+    layer = torch.nn.Linear(1, 1)
+    before, optimizer = layer.weight.item(), torch.optim.SGD(layer.parameters(), lr=1.0)
+    for value in ("nan", "inf"):
+        with pytest.raises(SystemExit, match="lower --lr"):
+            nft.optimise(layer, optimizer, layer.weight.sum() * float(value), grad_clip=1.0)
+    assert layer.weight.item() == before
+
+
+PIXEL = ("--task", "PixelGap", "--num-demos", 2, "--sft-steps", 5, "--episodes", 16,
+         "--eval-episodes", 8, "--test-episodes", 8)
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_finite_policy(tmp_path):
+    done = run_script("05_train_maniskill.py", *PIXEL, "--lr", 1e9, "--iterations", 9, "--out",
+                      tmp_path / "out", cwd=tmp_path, ok=False)
+    assert "lower --lr" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr and "RESULT" not in done.stdout
+    if (tmp_path / "out/last.pt").exists():
+        policy = load_policy(tmp_path / "out/last.pt")
+        assert all(p.isfinite().all() for p in policy.parameters())
+
+
+def test_an_sft_that_diverges_is_told_before_it_is_saved(tmp_path):
+    done = run_script("05_train_maniskill.py", *PIXEL, "--sft-lr", 1e30, "--out",
+                      tmp_path / "out", cwd=tmp_path, ok=False)
+    assert "lower --sft-lr" in one_clear_line(done)
+    assert not (tmp_path / "out/sft.pt").exists()
+
+
+def test_a_finished_run_that_is_resumed_for_less_tells_what_was_played(tmp_path):
+    out = tmp_path / "out"
+    run_script("05_train_maniskill.py", *PIXEL, "--iterations", 3, "--out", out, cwd=tmp_path)
+    again = run_script("05_train_maniskill.py", "--task", "PixelGap", "--resume", "--iterations",
+                       1, "--out", out, cwd=tmp_path)
+    assert result_line(again)["episodes"] == 48
+
+
+# ------------------------------------------------------------------------------------------------
+# The system says no
+
+
+def test_ctrl_c_ends_a_run_in_one_line(workplace):
+    child = subprocess.Popen([sys.executable, ROOT / "03_step_loss.py", "--out", workplace / "out"],
+                             cwd=workplace, text=True, stderr=subprocess.PIPE,
+                             stdout=subprocess.DEVNULL, start_new_session=True)
+    log, began = workplace / "out/log.csv", time.time()
+    while not log.exists() and time.time() - began < 120:
+        time.sleep(0.2)
+    os.killpg(child.pid, signal.SIGINT)                        # as a terminal does, to all of them
+    _, told = child.communicate(timeout=60)
+    assert child.returncode == 130 and told.strip().splitlines() == [
+        "stopped; a run that has saved last.pt goes on with --resume"]
+
+
+MANY = """
+import resource, sys
+from tools import flags
+from envs import my_world, workers
+def main():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+    workers.Workers(my_world.make_env, 30)
+if __name__ == "__main__":
+    flags.call(main)
+"""
+
+
+def test_more_simulators_than_files_are_told_in_one_line(tmp_path):
+    (tmp_path / "many.py").write_text(MANY)
+    done = subprocess.run([sys.executable, tmp_path / "many.py"], text=True, capture_output=True,
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    lines = [line for line in done.stderr.strip().splitlines() if line]
+    assert done.returncode and len(lines) == 1, done.stderr
+    assert "--num-envs 30" in lines[0] and "ulimit" in lines[0]
