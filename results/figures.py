@@ -204,9 +204,10 @@ def small(title):
 
 def method(data):
     """One picture for each of the five steps."""
-    fig, ax = small(f"One observation, {len(data['ode'])} draws of noise")
+    fig, ax = small(f"{len(data['ode'])} draws of noise, one decision")
     ax.plot(np.linspace(1, 0, data["ode"].shape[1]), data["ode"].T, color=BLUE, alpha=0.25, lw=0.7)
-    ax.set(xlim=(1, 0), xlabel="t: from noise (1) to action (0)", ylabel="vertical velocity")
+    ax.set(xlim=(1, 0), xlabel="t: from noise (1) to action (0)",
+           ylabel="vertical velocity, first action")
     save(fig, "step1_flow")
 
     fig, ax = small(f"The same action, {len(data['corrected']):,} samples of each")
@@ -255,7 +256,7 @@ def method(data):
                                           ("its episode succeeded", "its episode failed")):
         ax.plot(data["delta"], losses, style, color=color, label=what)
     ax.axhline(math.log(2), color=GREY, ls=":", lw=0.8)
-    ax.text(0.45, math.log(2), "ln 2", color=GREY, ha="right", va="bottom")
+    ax.text(0.45, math.log(2), "ln 2: tie", color=GREY, ha="right", va="bottom")
     ax.set(xlabel="change of the velocity towards x_next", ylabel="loss")
     ax.legend(handlelength=1.8, loc="upper center", fontsize=8)
     save(fig, "step4_ranking")
@@ -263,8 +264,10 @@ def method(data):
     logs = sorted((RESULTS / "toy").glob("seed*.csv"))
     fig, ax = small(f"The toy world, {count(logs)}")
     draw_curves(ax, logs, BLUE)
+    clones = [float(row["sft"]) for row in read(RESULTS / "toy/summary.csv")]
+    ax.axhline(np.mean(clones), color=GREY, ls="-.", lw=1, label="SFT, mean")
     ax.set(ylim=(0, 1), xlabel="training episodes, thousands", ylabel="success")
-    ax.legend(fontsize=8, loc="lower right", handlelength=1.5)
+    ax.legend(fontsize=7.5, loc="lower right", handlelength=1.5)
     save(fig, "step5_iterate")
 
 

@@ -180,7 +180,7 @@ def benchmark_table():
     cells = []
     for name, seeds, *numbers in (
             ("[toy world](results/toy/README.md)", *over_seeds("toy")),
-            ("[LIBERO](results/libero/README.md), three suites, 26 tasks, one demonstration each",
+            ("[LIBERO](results/libero/README.md), 26 tasks of three suites, one demonstration each",
              libero["count"], libero["sft"], libero["after"], libero["gain_low"],
              libero["gain_high"]),
             ("beside it: 2 tasks of libero_10, five demonstrations each",

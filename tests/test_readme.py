@@ -343,7 +343,7 @@ def test_libero_on_the_front_page_by_hand():
     assert front_row("[LIBERO]") == pytest.approx(
         [3, *each.mean(0), gain.mean(), low, high], abs=0.051)
     tasks = sum(len(won[suite, "1", "0"]["SFT"]) for suite in suites)
-    assert f"three suites, {tasks} tasks, one demonstration each" in README
+    assert f"{tasks} tasks of three suites, one demonstration each" in README
     (before, after), = [pair for key, pair in rates.items() if key[:2] == ("libero_10", "5")]
     assert front_row("beside it") == pytest.approx(
         [1, 100 * before, 100 * after, 100 * (after - before)], abs=0.051)
