@@ -808,7 +808,7 @@ def watch_training(flags):
         patch.setattr(loss, "explore", watched_explore)
         patch.setattr(loss, "update", watched_update)
         patch.setattr(gap_world.GapWorld, "play", watched_play)
-        patch.setattr(loss.Path, "mkdir", lambda *a, **k: None)
+        patch.setattr(loss.flags.Parser, "claim_folder", lambda *a: None)
         args = loss.parse_args(flags.split())
         seen.start = parameters(sft)
         seen.sft, seen.policy, seen.before, seen.after = loss.train_toy(args)
@@ -865,7 +865,7 @@ def test_the_defaults_are_the_papers_but_for_two_that_show_the_method():
     paper = dict(num_steps=4, noise_level=0.5, beta=1.0, max_drift=0.5, dpo_beta=1.0, target="next",
                  ema=[0.1, 0.1], group_size=1, kl_weight=1e-4)       # noise 0.2, EMA 0.1 0.995
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss.Path, "mkdir", lambda *a, **k: None)
+        patch.setattr(loss.flags.Parser, "claim_folder", lambda *a: None)
         args = vars(loss.parse_args([]))
     assert {name: args.get(name, 1e-4) for name in paper} == paper      # kl_weight is no flag
     defaults = {"start": 0.1, "end": 0.995, **paper}

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from conftest import ROOT, one_clear_line, result_line, run_script
+from conftest import ROOT, run_main
 from policies import load_policy
 from policies.small import RobotPolicy
 from tools import files, run
@@ -56,23 +56,32 @@ def test_a_process_may_claim_its_folder_twice_and_other_ranks_do_not_ask(tmp_pat
     files.HELD.pop(tmp_path.resolve()).close()
 
 
+@pytest.fixture(scope="module")
+def holder(tmp_path_factory):
+    """A folder that another process holds."""
+    folder = tmp_path_factory.mktemp("held")
+    process = python(HOLD, folder, stdin=subprocess.PIPE)
+    process.stdout.readline()
+    yield folder
+    process.communicate()
+
+
 @pytest.mark.parametrize("command", [
     "02_sde_sampler.py", "03_step_loss.py", "05_train_maniskill.py --task PixelGap"])
-def test_a_second_run_in_the_same_folder_is_refused_in_one_line(command, tmp_path):
-    holder = python(HOLD, tmp_path, stdin=subprocess.PIPE)
-    holder.stdout.readline()
-    done = run_script(*command.split(), "--out", tmp_path, cwd=tmp_path, ok=False)
-    told = one_clear_line(done)
-    assert f"--out {tmp_path}" in told and "another run" in told and done.stdout == ""
-    holder.communicate()
+def test_a_second_run_in_the_same_folder_is_refused_in_one_line(command, holder):
+    script, *flags = command.split()
+    code, told, err = run_main(script, *flags, "--out", holder)
+    line, = err.strip().splitlines()
+    assert code == 2 and f"--out {holder}" in line and "another run" in line and told == ""
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path):
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_trained(tmp_path, monkeypatch):
     """01's clone is trained where 02 and 03 are called: /proc takes no folder."""
+    monkeypatch.chdir("/proc")
     for script in ("02_sde_sampler.py", "03_step_loss.py"):
-        done = run_script(script, "--out", tmp_path / "out", cwd="/proc", ok=False)
-        told = one_clear_line(done)
-        assert "runs/01_flow_policy" in told and "another folder" in told and done.stdout == ""
+        told, out, err = run_main(script, "--out", tmp_path / script)
+        assert "runs/01_flow_policy" in told and "another folder" in told
+        assert "\n" not in told and out == err == ""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -159,28 +168,27 @@ PIXEL = ("--task", "PixelGap", "--num-demos", 2, "--sft-steps", 5, "--episodes",
 
 
 def test_a_run_that_diverges_stops_and_keeps_its_last_finite_policy(tmp_path):
-    done = run_script("05_train_maniskill.py", *PIXEL, "--lr", 1e9, "--iterations", 9, "--out",
-                      tmp_path / "out", cwd=tmp_path, ok=False)
-    assert "lower --lr" in done.stderr.strip().splitlines()[-1]
-    assert "Traceback" not in done.stderr and "RESULT" not in done.stdout
+    told, out, _ = run_main("05_train_maniskill.py", *PIXEL, "--lr", 1e9, "--iterations", 9,
+                            "--out", tmp_path / "out")
+    assert "lower --lr" in told and "\n" not in told and "RESULT" not in out
     if (tmp_path / "out/last.pt").exists():
         policy = load_policy(tmp_path / "out/last.pt")
         assert all(p.isfinite().all() for p in policy.parameters())
 
 
 def test_an_sft_that_diverges_is_told_before_it_is_saved(tmp_path):
-    done = run_script("05_train_maniskill.py", *PIXEL, "--sft-lr", 1e30, "--out",
-                      tmp_path / "out", cwd=tmp_path, ok=False)
-    assert "lower --sft-lr" in one_clear_line(done)
+    told, *_ = run_main("05_train_maniskill.py", *PIXEL, "--sft-lr", 1e30, "--out",
+                        tmp_path / "out")
+    assert "lower --sft-lr" in told and "\n" not in told
     assert not (tmp_path / "out/sft.pt").exists()
 
 
 def test_a_finished_run_that_is_resumed_for_less_tells_what_was_played(tmp_path):
     out = tmp_path / "out"
-    run_script("05_train_maniskill.py", *PIXEL, "--iterations", 3, "--out", out, cwd=tmp_path)
-    again = run_script("05_train_maniskill.py", "--task", "PixelGap", "--resume", "--iterations",
-                       1, "--out", out, cwd=tmp_path)
-    assert result_line(again)["episodes"] == 48
+    run_main("05_train_maniskill.py", *PIXEL, "--iterations", 3, "--out", out)
+    _, told, _ = run_main("05_train_maniskill.py", "--task", "PixelGap", "--resume",
+                          "--iterations", 1, "--out", out)
+    assert " episodes=48 " in told.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ import atexit
 import os
 from pathlib import Path
 
-import torch
-
 HELD = {}   # folder -> its lock, open as long as this process lives
 
 
@@ -45,6 +43,7 @@ def lock(path):
 
 def save(content, path):
     """torch.save, the whole file or none; SystemExit in one line if there is no room for it."""
+    import torch  # not at the top: a lock needs none of it
     path = Path(path)
     part = path.with_suffix(".tmp")
     try:
@@ -59,6 +58,7 @@ def save(content, path):
 
 def load(path):
     """The content of a file that `save` wrote; SystemExit in one line for a broken one."""
+    import torch
     try:
         return torch.load(path, weights_only=True)
     except Exception as error:  # torch raises many kinds for a file that is something else
