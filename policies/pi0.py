@@ -8,55 +8,19 @@
 The network and its weights are Hugging Face's (`PI0ForConditionalGeneration` of transformers); its
 time and sign are ours: t = 1 is noise, v = noise - actions (Black et al. 2024). Images are fitted
 into the square that the network wants and scaled to [-1, 1], the sentence goes through the folder's
-own tokenizer. The state and the actions are padded with zeros to the network's width; what is
-padded takes part in the flow, as in pi0, but earns no credit (`credited`).
+own tokenizer or another's. The state and the actions are padded with zeros to the network's width;
+what is padded takes part in the flow, as in pi0, but earns no credit (`credited`).
 
 Nothing imports transformers before a policy is made.
 """
 
 import copy
-import json
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-def load(folder, what):
-    """from_pretrained of a class of transformers; SystemExit in one line if it fails."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise SystemExit(f"--policy: no transformers ({error}): pip install transformers") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        if what != "PI0ForConditionalGeneration":
-            return getattr(transformers, what).from_pretrained(folder)
-        model, told = transformers.PI0ForConditionalGeneration.from_pretrained(
-            folder, output_loading_info=True)
-        lost = [*told["missing_keys"], *told["mismatched_keys"]]
-        if lost:  # they would be random
-            raise SystemExit(f"--policy {folder}: {len(lost)} weights of pi0 are missing there, "
-                             f"{lost[0]} for one; give a checkpoint of transformers' pi0")
-        return model
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        told = str(error).split("\n")[0][:150]
-        raise SystemExit(f"--policy {folder}: no {what} of pi0 there ({told}); if a checkpoint "
-                         "names this folder, call from where it was trained") from None
-
-
-def statistics(folder):
-    """{"state": (mean, std), "action": (mean, std)} as the checkpoint's processor has them, or
-    less: a pretrained policy knows its own units, another gets those of the demonstrations."""
-    from transformers.utils import cached_file
-    path = cached_file(folder, "processor_config.json",
-                       _raise_exceptions_for_missing_entries=False)
-    found = json.loads(Path(path).read_text()) if path else {}
-    return {name: (torch.tensor(found[f"{its}_mean"]), torch.tensor(found[f"{its}_std"]))
-            for name, its in (("state", "state"), ("action", "actions"))
-            if found.get(f"{its}_mean") is not None}
+from policies.pi0_files import load, look
 
 
 def is_frozen(name, train):
@@ -83,16 +47,19 @@ def memory(config, train, rows):
             "kept": rows * bytes_each * text.num_hidden_layers * width * tokens / 1e9}
 
 
-def tell_memory(folder, train, rows):
-    """Prints that, before any weight is loaded."""
-    parts = memory(load(folder, "PI0Config"), train, rows)
+def tell_ahead(config, rows):
+    """Prints that, and where its statistics are from, before any weight is loaded. config: that of
+    a PI0Policy."""
+    network, _, _, told = look(config)
+    parts = memory(network, config["train"], rows)
     print("expected memory: {frozen:.1f} GB of frozen weights, {trained:.1f} of trained ones, "
-          "{kept:.1f} of a batch's keys and values; a pass comes on top".format(**parts),
-          flush=True)
+          "{kept:.1f} of a batch's keys and values; a pass comes on top".format(**parts))
+    print(told, flush=True)
 
 
 class PI0Policy(nn.Module):
-    """pi0 from a folder or a hub's name, for actions (H, action_dim).
+    """pi0 from a folder or a hub's name, for actions (H, action_dim). tokenizer: another such, if
+    there is none in the folder.
 
     train: "expert" (the action expert learns; the vision-language part is frozen in bfloat16 and
     shared by all copies of the policy) or "all". state_dict holds what is trained, no more.
@@ -102,16 +69,15 @@ class PI0Policy(nn.Module):
 
     kind = "pi0"
 
-    def __init__(self, folder, horizon, action_dim, state_dim, train="expert", micro_batch=32):
+    def __init__(self, folder, horizon, action_dim, state_dim, train="expert", micro_batch=32,
+                 tokenizer=None):
         super().__init__()
         self.config = dict(kind=self.kind, folder=str(folder), horizon=horizon,
-                           action_dim=action_dim, state_dim=state_dim, train=train)
+                           action_dim=action_dim, state_dim=state_dim, train=train,
+                           tokenizer=tokenizer and str(tokenizer))
+        _, self.tokenizer, self.known, _ = look(self.config)
         self.model = load(folder, "PI0ForConditionalGeneration").float()
-        self.tokenizer, config = load(folder, "AutoTokenizer"), self.model.config
-        if config.max_action_dim < action_dim or config.max_state_dim < state_dim:
-            raise SystemExit(f"--policy {folder}: this pi0 has room for {config.max_state_dim} "
-                             f"numbers of state and {config.max_action_dim} of action, the robot "
-                             f"has {state_dim} and {action_dim}")
+        config = self.model.config
         config.chunk_size = self.horizon = horizon  # no weight depends on it
         self.action_dim, self.micro_batch = config.max_action_dim, micro_batch
         for name, p in self.named_parameters():
@@ -121,13 +87,7 @@ class PI0Policy(nn.Module):
         for name, size in (("state", config.max_state_dim), ("action", config.max_action_dim)):
             self.register_buffer(f"{name}_centre", torch.zeros(size))
             self.register_buffer(f"{name}_scale", torch.zeros(size))  # 0: padded
-        self.known = statistics(folder)
         for name, (mean, std) in self.known.items():
-            size = {"state": state_dim, "action": action_dim}[name]
-            if len(mean) != size:
-                raise SystemExit(f"--policy {folder}: its {name} statistics have {len(mean)} "
-                                 f"numbers, the robot has {size}; take them out of "
-                                 "processor_config.json, then the demonstrations give them")
             self.set_normalisation(name, mean, std)
 
     def set_normalisation(self, name, mean, std):

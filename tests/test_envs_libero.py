@@ -33,8 +33,8 @@ SIZE = 48  # of images
 
 @functools.cache
 def simulator(suite, task):
-    """A LiberoSim for all the tests, with its model as recordings keep it: MuJoCo writes the last one built, no
-    other."""
+    """A LiberoSim for all the tests, with its model as recordings keep it: MuJoCo writes the last
+    one built, no other."""
     made = libero.LiberoSim(suite, task)
     made.xml = made.env.sim.model.get_xml()
     return made
@@ -158,10 +158,11 @@ def test_the_workers_of_a_run_are_told_what_they_will_see(monkeypatch):
         [True, False, True], [False, True, False]]
     assert run.name is libero.episode_name and run.num_envs == 3
     assert env.make_sim.args == ("libero_object", 0.5)              # the suite, the demo's noise
-    assert env.make_sim.keywords == dict(obs="rgb", state_dim=6, gl="egl", size=64)
+    assert env.make_sim.keywords == dict(obs="rgb", state_dim=6, gl="egl", size=64, published=False)
     film = libero.make_workers("libero_object", [0], 1, gl="egl", film="folder", action_repeat=4,
-                               horizon=3, max_steps=77, state_dim=30).make_env()
-    assert film.make_sim.keywords == dict(obs="state", state_dim=30, gl="egl", size=256)
+                               horizon=3, max_steps=77, state_dim=30, published=True).make_env()
+    assert film.make_sim.keywords == dict(obs="state", state_dim=30, gl="egl", size=256,
+                                          published=True)
     assert film.action_repeat == 4 and film.film == "folder" and film.max_steps == 77
     assert film.action_space.shape == (3, 7) and film.observation_space["state"].shape == (30,)
 
@@ -221,14 +222,15 @@ def sim_of_poses(hand, rot, fingers, poses, **more):
 
 def test_a_state_has_the_hand_then_each_thing_in_its_order_then_zeros():
     hand, yaw, fingers = np.array([0.1, -0.2, 0.9]), 0.3, [0.04, -0.035]
-    poses = {"butter_1": (np.array([0.3, 0.1, 0.5]), about("z", 1.0), 0.0),
+    butter = about("z", 1.0) @ about("x", 0.4)           # it is turned, and lies askew
+    poses = {"butter_1": (np.array([0.3, 0.1, 0.5]), butter, 0.0),
              "wooden_cabinet_1_top_region": (np.array([-0.2, 0.4, 0.7]), about("z", 2.0), 0.12),
              "flat_stove_1": (np.array([0.0, 0.2, 0.6]), about("x", 1.0), 0.5)}
     sim = sim_of_poses(hand, about("z", yaw) @ HAND, fingers, poses, state_dim=6 + 4 * 6)
     state = sim.observe()["state"]
-    angle = 1.0 - yaw                                    # of the butter, seen from the hand
+    angle, level = 1.0 - yaw, np.cos(0.4) ** 2           # of its y, seen from the hand
     wanted = [0.1, -0.2, 0.9, np.sin(yaw), 0.04, -0.035,
-              0.2, 0.3, -0.4, np.cos(2 * angle), -np.sin(2 * angle), 0,
+              0.2, 0.3, -0.4, level * np.cos(2 * angle), -level * np.sin(2 * angle), 0,
               -0.3, 0.6, -0.2, 0, 0, 0.12,
               -0.1, 0.4, -0.3, 0, 0, 0.5,
               0, 0, 0, 0, 0, 0]
@@ -258,7 +260,7 @@ def test_the_pose_of_an_object_a_fixture_and_a_region():
                        "rack": SimpleNamespace(joints=None)},
         obj_body_id={"soup": 1, "stove": 2, "rack": 3})
     made.data = SimpleNamespace(
-        body=lambda number: spot(number), site={"drawer_region": spot(7), "plate_region": spot(8)}.get,
+        body=spot, site={"drawer_region": spot(7), "plate_region": spot(8)}.get,
         joint=lambda name: SimpleNamespace(qpos=[joints[name]]))
     for name, place, opening in (("soup", 1, 0), ("stove", 2, 0.7), ("rack", 3, 0),
                                  ("drawer_region", 7, -0.1), ("plate_region", 8, 0)):
@@ -485,7 +487,8 @@ def test_steps_that_do_nothing_are_kept_or_left_out():
         made = np.column_stack([MOVES, GRIPS])[wanted].astype(np.float32)
         assert np.array_equal(actions, made) and actions.dtype == torch.float32
         sentence = libero.read_suite("libero_object").problems[0].instruction
-        assert (rows["tokens"].numpy() == tokens(sentence)).all() and len(rows["tokens"]) == len(made)
+        assert rows["tokens"].shape == (len(made), 128)
+        assert (rows["tokens"].numpy() == tokens(sentence)).all()
 
 
 def test_demos_come_in_the_order_of_their_numbers():
