@@ -1,8 +1,7 @@
 """05 - What a critic costs: pi-StepNFT beside PPO and GRPO, in and out of distribution.
 
-The method of 03 on a second simulator, ManiSkill: a Panda arm holds a cube at a goal, pushes,
-stacks, or follows a sentence (--task). A few scripted demonstrations are cloned (SFT), and RL lifts
-the clone; --algo says how:
+The method of 03 on ManiSkill: a Panda arm holds a cube at a goal, pushes, stacks, or follows a
+sentence (--task). A few demonstrations are cloned (SFT), and RL lifts the clone; --algo says how:
 
     stepnft   rank the mirrored branches of one step by the episode's success        (03)
     ppo       clipped policy gradient on the likelihood of one noisy step, with a critic's advantage
@@ -26,7 +25,7 @@ import warnings
 import numpy as np
 import torch
 
-from envs import maniskill, pixel_gap
+from envs import maniskill, maniskill_gpu, pixel_gap
 from envs.gap_world import episode_seeds
 from envs.workers import scripted_demos
 from policies import build_policy, credited, load_policy
@@ -97,7 +96,6 @@ def gae(values, success, episode, gamma=0.99, lam=0.95):
 
     values (rows,), success (episodes,), episode (rows,). The reward is 1 at the end of a success;
     rows of an episode are in the order of time, and nothing is worth anything after its last.
-    delta = r + gamma V(next) - V,   A = delta + gamma lambda A(next),   returns = A + V
     """
     advantages, V, running, following = [], values.tolist(), {}, {}
     for row, e in reversed(list(enumerate(episode.tolist()))):
@@ -182,6 +180,9 @@ def make_world(args, demo_noise=None, film=None):
     """The simulators. With demo_noise they also observe the expert's action; film: a folder."""
     if args.task == "PixelGap":
         return pixel_gap.PixelGap(args.scenes, demos=demo_noise is not None)
+    if args.sim == "gpu" and demo_noise is None:
+        own = args.episodes // ranks.rank_of()[1]  # all of an iteration's at a time
+        return maniskill_gpu.make_scenes(args.task, own, args.max_steps, args.device)
     return maniskill.make_workers(
         args.task, min(args.num_envs, args.video) if film else args.num_envs,
         horizon=args.horizon, max_steps=args.max_steps, obs=args.obs,
@@ -207,9 +208,8 @@ def clone(args):
     if args.resume or args.sft:
         policy = load_policy(args.sft or args.resume.parent / "sft.pt", args.device)
     else:
-        candidates = [episode_seeds("demo", 10 * args.num_demos, args.seed)]
-        world = make_world(args, demo_noise=args.demo_noise)
-        demos = scripted_demos(world, candidates, args.num_demos)  # the expert's first successes
+        seeds = [episode_seeds("demo", 10 * args.num_demos, args.seed)]
+        demos = scripted_demos(make_world(args, demo_noise=args.demo_noise), seeds, args.num_demos)
         chunks = torch.cat([flow.sliding_chunks(actions, args.horizon) for _, actions in demos])
         policy = run.sft(args, lambda: build_policy(policy_config(args)), demos, chunks)
     run.save(args.out / "sft.pt", policy, args)
@@ -222,13 +222,12 @@ def test_all(policies, args, world):
     if not args.eval_only:  # its rows are added, under the path of the policy
         (args.out / "test.csv").unlink(missing_ok=True)
     seeds = episode_seeds("test", args.test_episodes)
-    tests = [("test", "as in training", {}, seeds)]
+    tests, rates = [("test", "as in training", {}, seeds)], {}  # rates: (axis, policy) -> list
     if args.eval_ood:
         suite = (pixel_gap.VARIANTS if args.task == "PixelGap"
                  else maniskill.variants(args.task, args.obs))
         tests += [(*variant, episode_seeds("test", args.ood_episodes, iteration=1))
                   for variant in suite]
-    rates = {}  # (axis, policy) -> success in each variant
     for axis, variant, changes, starts in tests:
         if axis != "test":
             world.change(changes=changes)
@@ -265,6 +264,8 @@ def parse_args(argv=None):
         "world seen through a camera, which has defaults of its own")
     add("--obs", default="state", choices=["state", "rgb"],
         help="offsets of objects and goals, or a camera (needs a Vulkan driver); and the hand")
+    add("--sim", default="cpu", choices=["cpu", "gpu"], help="gpu: a scene for each episode of an "
+        "iteration, demos on the CPU, nothing but states; not run on a GPU here")
     add("--algo", default="stepnft", choices=["stepnft", "ppo", "grpo"],
         help="the method; PPO with a critic; PPO's objective with the group's mean in its place")
     add("--target-kl", type=flags.positive_float, default=0.05,
@@ -281,10 +282,10 @@ def parse_args(argv=None):
     args = flags.parse_run(parser, argv)
     args.action_repeat, pixels = 1, args.task == "PixelGap"
     if pixels:
-        parser.refuse(args, ["obs", "max_steps", "demo_noise", "num_envs", "video"],
+        parser.refuse(args, ["obs", "max_steps", "demo_noise", "num_envs", "video", "sim"],
                       "belongs to the simulator: --task PixelGap does not use it")
     else:
-        maniskill.check_task(args.task)
+        maniskill.check_run(args)
         args.max_steps = args.max_steps or maniskill.TASKS[args.task].max_steps
         parser.refuse(args, ["scenes"], "belongs to PixelGap")
     if args.algo == "stepnft":
@@ -308,9 +309,8 @@ def main():
     torch.set_num_threads(torch.get_num_threads() if args.renderer else 1)  # a small net
     print(*(f"{k}={v}" for k, v in vars(args).items() if k != "flags"), flush=True)
     if args.eval_only:
-        policy = load_policy(args.eval_only, args.device)
-        world = ranks.shared(make_world(args), args.device)
-        rate, = test_all({str(args.eval_only): policy}, args, world)
+        policies = {str(args.eval_only): load_policy(args.eval_only, args.device)}
+        rate, = test_all(policies, args, ranks.shared(make_world(args), args.device))
         return print(f"RESULT task={args.task} success={rate:.3f} episodes={args.test_episodes} "
                      f"seconds={time.time() - start:.0f}")
     sft = clone(args)

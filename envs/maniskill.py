@@ -39,9 +39,9 @@ TASKS = {
     "PickCube-v1": Task(lambda env: [env.cube], lambda env: [env.goal_site.pose.p], "hold", 24),
     "PushCube-v1": Task(lambda env: [env.obj], lambda env: [env.goal_region.pose.p], "push", 24),
     "StackCube-v1": Task(lambda env: [env.cubeA], lambda env: [
-        env.cubeB.pose.p + torch.tensor([0, 0, 0.04])], "place", 40),
+        env.cubeB.pose.p + env.cubeB.pose.p.new_tensor([0, 0, 0.04])], "place", 40),
     "PlaceSphere-v1": Task(lambda env: [env.obj], lambda env: [
-        env.bin.pose.p + torch.tensor([0, 0, 0.0225])], "place", 40),
+        env.bin.pose.p + env.bin.pose.p.new_tensor([0, 0, 0.0225])], "place", 40),
     "PutOnPad-v1": Task(lambda env: env.things, lambda env: list(env.pad_places.unbind(1)),
                         "place", 40),
 }
@@ -64,6 +64,25 @@ def check_task(task):
     if task not in TASKS:
         raise SystemExit(f"--task {task}: choose {', '.join(TASKS)}; any other needs a scripted "
                          "controller to take demos from, beside `expert` in envs/maniskill.py")
+
+
+def check_run(args):
+    """The same for a run of 05; with --sim gpu also for what envs/maniskill_gpu.py cannot play."""
+    check_task(args.task)
+    if args.sim == "cpu":
+        return
+    for flag, given in {"--task PutOnPad-v1": args.task == "PutOnPad-v1", "--video": args.video,
+                        "--obs rgb": args.obs == "rgb", "--eval-ood": args.eval_ood,
+                        "--device cpu": args.device == "cpu"}.items():
+        if given:
+            raise SystemExit(f"--sim gpu: not with {flag}; give --sim cpu")
+    from sapien import physx
+    try:
+        physx.enable_gpu()  # its library comes from SAPIEN's release page, at the first use
+    except Exception as error:  # no network, no driver, half an archive: of many kinds
+        told = str(error).split("\n")[0][:150]
+        raise SystemExit(f"--sim gpu: no PhysX for a GPU in ~/.sapien/physx ({told}), and it could "
+                         "not be fetched from github.com/sapien-sim/physx-precompiled") from None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -94,23 +94,28 @@ class ChunkEnv(gym.Env):
             imageio.mimwrite(Path(self.film) / name, self.frames, fps=20)
 
 
+def processes(make_env, num_envs):
+    """A process for each simulator; SystemExit in one line if the system has not so many."""
+    try:
+        return gym.vector.AsyncVectorEnv([make_env] * num_envs, context="spawn",
+                                         autoreset_mode=gym.vector.AutoresetMode.DISABLED)
+    except OSError as error:  # each takes pipes, and shared memory for what it observes
+        raise SystemExit(f"--num-envs {num_envs}: the system refused so many simulators "
+                         f"({error.strerror}); give fewer, or raise `ulimit -n` and the room in "
+                         "/dev/shm") from None
+
+
 class Workers:
     """num_envs simulators in a process each; make_env() -> gymnasium.Env, called in each of them.
 
     plays(slot, seed) says whether a process may take an episode, so that a task can stay where its
-    simulator already is; name(seed) is what to call an episode whose process has died.
+    simulator already is; name(seed) is what to call an episode whose process has died. envs: what
+    answers in the processes' place, as maniskill_gpu's Scenes do; then make_env is None.
     """
 
-    def __init__(self, make_env, num_envs, plays=lambda slot, seed: True, name=str):
+    def __init__(self, make_env, num_envs, plays=lambda slot, seed: True, name=str, envs=None):
         self.num_envs, self.plays, self.name = num_envs, plays, name
-        try:
-            self.envs = gym.vector.AsyncVectorEnv(
-                [make_env] * num_envs, context="spawn",
-                autoreset_mode=gym.vector.AutoresetMode.DISABLED)
-        except OSError as error:  # each takes pipes, and shared memory for what it observes
-            raise SystemExit(f"--num-envs {num_envs}: the system refused so many simulators "
-                             f"({error.strerror}); give fewer, or raise `ulimit -n` and the room "
-                             "in /dev/shm") from None
+        self.envs = envs or processes(make_env, num_envs)
         self.ask([-1] * num_envs, [], self.envs.reset)  # every process has something to show
 
     def play(self, act, seeds):
@@ -161,6 +166,8 @@ class Workers:
         try:
             return question()
         except (EOFError, ConnectionError):
+            if not hasattr(self.envs, "processes"):
+                raise
             # a pipe breaks a moment before its process is known to be dead: wait for that
             gone = connection.wait([process.sentinel for process in self.envs.processes], 10)
             dead = [self.name(seeds[e]) for e, process in zip(episode, self.envs.processes)

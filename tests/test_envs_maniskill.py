@@ -67,6 +67,40 @@ def test_importing_loads_no_simulator():
     assert not {"mani_skill", "sapien"} & loaded_by_imports()
 
 
+def told_of_workers(*args, **more):
+    """What make_workers tells Workers -> (simulator, its keywords, one environment, name)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mani, "Workers", lambda *told, **named: (*told, named))
+        make_env, num_envs, named = mani.make_workers(*args, **more)
+    assert num_envs == 3
+    env = make_env()
+    return env.make_sim.args, env.make_sim.keywords, env, named["name"]
+
+
+def test_the_workers_of_a_run_are_told_what_they_will_see():
+    """Demos with noise have twice the time; a renderer where something is drawn."""
+    state, plain, env, name = told_of_workers("PushCube-v1", 3, horizon=5, renderer="cuda")
+    assert state == ("PushCube-v1", "state", None) and plain == {"demo_noise": None}
+    assert env.max_steps == mani.TASKS["PushCube-v1"].max_steps and env.film is None
+    assert env.action_space.shape == (5, 4) and name(7) == "episode 7 of PushCube-v1"
+    assert {name: box.shape for name, box in env.observation_space.items()} == {
+        "state": (11,), "tokens": (128,)}
+    _, noisy, env, _ = told_of_workers("PushCube-v1", 3, max_steps=9, demo_noise=0.1)
+    assert env.max_steps == 18 and noisy == {"demo_noise": 0.1}
+    assert env.observation_space["action"].shape == (4,)
+    _, clean, env, _ = told_of_workers("PushCube-v1", 3, max_steps=9, demo_noise=0.0)
+    assert env.max_steps == 9 and clean == {"demo_noise": 0.0}
+    assert env.observation_space["action"].shape == (4,)
+    seen, _, env, _ = told_of_workers("PutOnPad-v1", 3, obs="rgb", renderer="cuda")
+    assert seen == ("PutOnPad-v1", "rgb", "cuda")
+    assert env.observation_space["rgb"].shape == (1, 3, 128, 128)
+    assert env.observation_space["state"].shape == (5,)
+    filmed, _, env, _ = told_of_workers("PutOnPad-v1", 3, renderer="cuda", film="a/folder")
+    assert filmed == ("PutOnPad-v1", "state", "cuda") and env.film == "a/folder"
+    assert env.observation_space.keys() == {"state", "tokens"}
+    assert env.observation_space["state"].shape == (32,)
+
+
 # ------------------------------------------------------------------------------------------------
 # Physics and episodes
 

@@ -363,7 +363,7 @@ class Serial:
     """What Workers asks of AsyncVectorEnv, one simulator after the other, without processes."""
 
     def __init__(self, envs):
-        self.envs = envs
+        self.envs, self.closed = envs, False
         self.obs = [env.reset()[0] for env in envs]
 
     def together(self):

@@ -1,8 +1,8 @@
 """Flags: a parser whose errors are one line, types that check a number, and the flags of a run.
 
-A script builds `Parser(__doc__)` and adds its own flags. 03, 04 and 05 share the flags of the method,
-04 and 05 those of a run. `parse_run` reads them for a new run; with --resume and --eval-only they come
-from the checkpoint, need not be repeated and may not be contradicted.
+A script builds `Parser(__doc__)` and adds its own flags. 03, 04 and 05 share the flags of the
+method, 04 and 05 those of a run. `parse_run` reads them for a new run; with --resume and
+--eval-only they come from the checkpoint, need not be repeated and may not be contradicted.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from tools import files
+from tools import files, memory
 
 
 def call(main):
@@ -125,12 +125,13 @@ def check_method(parser, args):
 # The flags of a run, in 04 and 05
 
 
-def add_run_flags(parser, envs_per_core, **defaults):
-    """Demos, training, evaluation and logs of a run."""
-    add = parser.add_argument
-    # torchrun's ranks on one machine share its cores
-    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = own // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+def add_run_flags(parser, envs_per_core, gb_per_env=0.7, **defaults):
+    """Demos, training, evaluation and logs of a run. As many simulators as cores and memory bear;
+    each takes about gb_per_env."""
+    add, parser.gb_per_env = parser.add_argument, gb_per_env
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # torchrun's ranks on one machine share it
+    bearable = min(envs_per_core * cores, memory.free() / gb_per_env) / local_ranks()
     add("--num-demos", type=positive_int, default=20, help="demonstrations per task for SFT")
     add("--demo-noise", type=number(float, 0), default=0.1, help="noise on demo actions: in "
         "04 pushes of the hand in one direction, for 5 to 10 steps; in 05 fresh in every step")
@@ -154,7 +155,7 @@ def add_run_flags(parser, envs_per_core, **defaults):
     add("--eval-every", type=positive_int, default=5, help="iterations between validations")
     add("--eval-episodes", type=positive_int, default=200, help="episodes per validation")
     add("--test-episodes", type=positive_int, default=200, help="episodes of the final test")
-    add("--num-envs", type=positive_int, default=envs_per_core * max(cores, 1),
+    add("--num-envs", type=positive_int, default=max(1, int(bearable)),
         help="simulators at a time, for each rank of torchrun")
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     add("--device", choices=devices, default=devices[0], help="of the policy")
@@ -166,11 +167,26 @@ def add_run_flags(parser, envs_per_core, **defaults):
     parser.set_defaults(**defaults)
 
 
+def local_ranks():
+    """How many of torchrun's ranks share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def tell_memory(num_envs, gb_per_env):
+    """Says it on stderr, before something is killed, if so many simulators need more memory."""
+    need, left = num_envs * gb_per_env, memory.free() / local_ranks()
+    if need > left:
+        print(f"--num-envs {num_envs}: {need:.1f} GB of memory for that many simulators, and "
+              f"{left:.1f} are free; if one dies, give {max(1, int(left / gb_per_env))}",
+              file=sys.stderr)
+
+
 # Flags that are not taken from a checkpoint: they belong to the call or to the machine
 OF_THE_CALL = {"script", "out", "resume", "eval_only", "device", "video", "sft"}
 # Flags that are, and that a later call may change
 FREE = {"iterations", "eval_every", "eval_episodes", "test_episodes", "test_states",
-        "test_max_steps", "eval_suites", "eval_ood", "ood_episodes", "num_envs", "micro_batch"}
+        "test_max_steps", "eval_suites", "eval_ood", "ood_episodes", "num_envs", "micro_batch",
+        "sim"}
 
 
 def parse_run(parser, argv=None):
@@ -199,6 +215,7 @@ def parse_run(parser, argv=None):
         parser.error("--sft: a run that goes on with --resume has its clone already")
     if not stored and (args.out / "last.pt").exists():
         parser.error(f"--out {args.out} holds a run: --resume continues it, another --out keeps it")
+    tell_memory(args.num_envs, parser.gb_per_env)
     args.resume = args.resume and path
     args.flags = {"script": parser.prog, **{name: str(value) if isinstance(value, Path) else value
                                             for name, value in vars(args).items()}}
@@ -226,5 +243,5 @@ def check_clone(parser, args, needed):
     """--sft must hold a policy of the kind that this run would train; needed: its config."""
     if args.sft:
         config = look_into(args.sft)["config"]
-        if not config.items() <= needed.items():
+        if config != needed:
             parser.error(f"--sft {args.sft} holds a policy with {config}, this run needs {needed}")

@@ -42,26 +42,38 @@ from tools.run import random_stream, sft  # noqa: E402
 WORDS = 300  # in the tiny model's vocabulary: each byte, three special ones, some to spare
 
 
-def make_tiny(folder, seed=0, pixels=16, patch=8, actions=8, layers=2, width=64):
-    """Writes a pi0 with random weights and a tokenizer of bytes, as save_pretrained would."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PI0Config, PI0ForConditionalGeneration, PreTrainedTokenizerFast
-    torch.manual_seed(seed)
+def tiny_config(pixels=16, patch=8, actions=8, layers=2, width=64):
+    """-> transformers' PI0Config of a pi0 in which every part is small."""
+    from transformers import PI0Config
     small = {"num_hidden_layers": layers, "num_attention_heads": 2, "hidden_size": width,
              "intermediate_size": 2 * width}
     expert = {"model_type": "gemma", **small, "num_key_value_heads": 1, "head_dim": 16}
     eyes = {"model_type": "siglip_vision_model", **small, "image_size": pixels,
             "patch_size": patch, "vision_use_head": False}
-    PI0ForConditionalGeneration(PI0Config(
+    return PI0Config(
         vlm_config={"model_type": "paligemma", "text_config": {**expert, "vocab_size": WORDS},
                     "vision_config": eyes, "projection_dim": width, "image_token_id": WORDS - 1},
-        dit_config=expert, max_state_dim=actions, max_action_dim=actions)).save_pretrained(folder)
+        dit_config=expert, max_state_dim=actions, max_action_dim=actions)
+
+
+def save_tokenizer(folder):
+    """Writes one of bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = {word: i for i, word in enumerate(["<pad>", "<bos>", *letters])}
     tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>",
                             pad_token="<pad>").save_pretrained(folder)
+
+
+def make_tiny(folder, seed=0, **sizes):
+    """Writes a pi0 with random weights and a tokenizer of bytes, as save_pretrained would."""
+    from transformers import PI0ForConditionalGeneration
+    torch.manual_seed(seed)
+    PI0ForConditionalGeneration(tiny_config(**sizes)).save_pretrained(folder)
+    save_tokenizer(folder)
 
 
 def clone(args, folder):
