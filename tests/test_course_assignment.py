@@ -167,3 +167,15 @@ def test_the_command_makes_and_grades(tmp_path):
     assert done.returncode == 1 and "points=0 of=21" in done.stdout
     assert "not empty" in wrong_call("course/assignment.py", "make", tmp_path / "copy")
     assert "01_flow_policy.py" in wrong_call("course/assignment.py", "grade", tmp_path)
+
+
+def test_the_small_install_is_enough():
+    """Without the simulators and the pretrained networks, which the instructor's page leaves out."""
+    page = (ROOT / "course/README.md").read_text()
+    install = re.search(r"`\.venv/bin/pip install ([\w ]+)`", page)[1].split()
+    assert {"torch", "scipy", "gymnasium", "h5py", "pytest"} <= set(install)
+    absent = ["mani_skill", "sapien", "mujoco", "robosuite", "libero", "transformers"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); " + "; ".join(
+        f"import course.{name}" for name in ("assignment", "challenge", "exercises",
+                                             "find_the_bug"))
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
