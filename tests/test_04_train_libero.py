@@ -26,7 +26,7 @@ from envs import libero, libero_demos
 from envs.gap_world import episode_seeds
 from policies import load_policy
 from policies.small import RobotPolicy
-from test_envs_libero import gl, recorded  # noqa: F401 (fixtures)
+from test_envs_libero import gl, kept_simulators, recorded  # noqa: F401 (fixtures)
 from tools import ranks, run
 from toy_robot import (ITERATIONS, TOY, Toy, content, diary_of, dress, followed, log_of, ran,
                        robot, run_and_cut, same_run, table)
@@ -820,7 +820,8 @@ def test_ranks_that_cannot_share_get_one_line(flags, words, monkeypatch):
 
 
 @sim
-def test_rgb_from_recorded_demos_to_evaluation_and_film(recorded, tmp_path, gl, monkeypatch):
+def test_rgb_from_recorded_demos_to_evaluation_and_film(recorded, tmp_path, gl,  # noqa: F811
+                                                        kept_simulators, monkeypatch):  # noqa: F811
     monkeypatch.setattr(libero, "NUM_OFFICIAL", 1)
     result, told = ran(*"--obs rgb --image-size 48 --sft-steps 3 --episodes 8 --iterations 1 "
                        "--max-steps 4 --test-max-steps 4 --eval-episodes 1 --eval-every 1 "
@@ -841,7 +842,7 @@ def test_rgb_sft_beats_a_policy_that_sees_nothing(gl):
     """One rendered demo of the expert trains, another is held out."""
     args = SimpleNamespace(suite="libero_object", tasks=[0], obs="rgb", num_demos=2, seed=0, gl=gl,
                            demos="scripted", demo_noise=0.2, image_size=48, num_envs=2, horizon=4,
-                           state_dim=6, action_repeat=1, max_steps=140)
+                           state_dim=6, action_repeat=1, max_steps=140, policy=None)
     demos = robot.collect_demos(args)
     assert len(demos) == 2 and demos[0][0]["rgb"].shape[1:] == (2, 3, 48, 48)
     losses = []
@@ -887,7 +888,9 @@ def kill_a_worker(script, *flags, cwd, when, wait=1.0):
 
 
 @sim
-def test_a_worker_that_dies_a_run_resumed_and_perturbed_suites(recorded, tmp_path, monkeypatch):
+def test_a_worker_that_dies_a_run_resumed_and_perturbed_suites(recorded, tmp_path,  # noqa: F811
+                                                               kept_simulators,  # noqa: F811
+                                                               monkeypatch):
     """Cut after one iteration, resumed, killed in the second, resumed again: as if never cut."""
     flags = ("--sft-steps 5 --iterations 2 --episodes 48 --max-steps 8 --eval-every 1 "
              "--test-max-steps 8 --eval-episodes 2 --test-episodes 1 --num-envs 1 "

@@ -65,6 +65,29 @@ def gl():
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="module")
+def kept_simulators():
+    """Simulators are built once and handed to every run of this process that asks for the same
+    ones, as an episode does not depend on the one before; and demos are replayed here."""
+    made, make_workers = {}, libero.make_workers
+
+    def make(*args, film=None, **more):
+        if film:
+            return make_workers(*args, film=film, **more)
+        key = str((args, more))
+        if key not in made:
+            made[key] = make_workers(*args, **more)
+            made[key].really_close, made[key].close = made[key].close, lambda: None
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(libero, "make_workers", make)
+        patch.setattr(libero_demos.concurrent.futures, "ProcessPoolExecutor", Here)
+        yield
+    for world in made.values():
+        world.really_close()
+
+
 def play(simulator, number, actions):
     simulator.reset(number)
     states = [simulator.observe()["state"]]

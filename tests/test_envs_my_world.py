@@ -56,16 +56,16 @@ def test_the_expert_arrives_and_its_chunks_are_recorded():
 
 
 def test_the_script_runs(monkeypatch, capsys):
-    """A simulator in a process of its own; the clone is told, then every second iteration."""
+    """A simulator in a process of its own; the clone is told, then every fifth iteration."""
     seeds = my_world.episode_seeds
     monkeypatch.setattr(my_world, "episode_seeds", lambda split, count, **which: seeds(
         split, min(count, 10), **which))
-    my_world.main(num_envs=1, num_demos=2, sft_steps=5, iterations=2, episodes=8)
-    sft, second, last = capsys.readouterr().out.strip().splitlines()
-    assert sft.startswith("SFT: success ") and second.startswith("iteration 2: success ")
+    my_world.main(num_envs=1, num_demos=2, sft_steps=5, iterations=5, episodes=8)
+    sft, fifth, last = capsys.readouterr().out.strip().splitlines()
+    assert sft.startswith("SFT: success ") and fifth.startswith("iteration 5: success ")
     word, success, episodes = last.split()
-    assert (word, episodes) == ("RESULT", "episodes=16")
-    assert success == "success=" + second.split()[-1]
+    assert (word, episodes) == ("RESULT", "episodes=40")
+    assert success == "success=" + fifth.split()[-1]
 
 
 @pytest.mark.parametrize("place, outcome", [([0.25, 0.05], True), ([0.35, 0.0], False)])

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, result_line, run_script, wrong_call
+from conftest import ROOT, wrong_call
 from envs import libero
 from envs.workers import follow_expert, tokens
 from policies import credited, load_policy, pi0
-from test_envs_libero import gl, recorded, soup  # noqa: F401 (fixtures)
+from test_envs_libero import gl, kept_simulators, recorded  # noqa: F401 (fixtures)
 from test_envs_workers import loaded_by_imports
 from tools import run
+from toy_robot import ran
 
 study, flow, sde, nft = map(importlib.import_module, (
     "results.pi0.run", "01_flow_policy", "02_sde_sampler", "03_step_loss"))
@@ -311,16 +312,17 @@ def test_sft_lowers_its_loss_on_rendered_demonstrations(folder, gl):  # noqa: F8
 
 @pytest.mark.sim
 def test_an_iteration_on_libero_images_and_one_more_resumed(folder, recorded, gl,  # noqa: F811
-                                                            tmp_path, monkeypatch):
+                                                            kept_simulators, tmp_path,  # noqa: F811
+                                                            monkeypatch):
     flags = ("--obs rgb --image-size 48 --horizon 2 --sft-steps 3 --sft-batch 8 --episodes 8 "
-             "--max-steps 8 --test-max-steps 4 --test-states 1 --test-episodes 1 --eval-episodes 1 "
+             "--max-steps 8 --test-max-steps 8 --test-states 1 --test-episodes 1 --eval-episodes 1 "
              "--num-envs 1 --iterations").split()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    done = run_script("04_train_libero.py", *flags, 1, "--policy", folder, "--demos", recorded[0],
-                      "--out", "run", cwd=tmp_path)
-    assert "stepnft" in result_line(done) and "memory" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    result, told = ran(*flags, 1, "--policy", folder, "--demos", recorded[0], "--out", "run")
+    assert "stepnft" in result and "memory" in told
     first = torch.load(tmp_path / "run/last.pt", weights_only=True)
-    run_script("04_train_libero.py", "--resume", "--iterations", 2, "--out", "run", cwd=tmp_path)
+    ran("--resume", "--iterations", 2, "--out", "run")
     last = torch.load(tmp_path / "run/last.pt", weights_only=True)
     rows = (tmp_path / "run/log.csv").read_text().splitlines()
     assert len(rows) == 3 and last["state"]["iteration"] == 2

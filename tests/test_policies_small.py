@@ -11,8 +11,8 @@ import torch
 import conftest  # noqa: F401  (the way to the scripts)
 import policies
 from envs.workers import tokens
-from policies import build_policy, credited, load_policy
-from policies.small import RobotPolicy, SlotPolicy, SmallImagePolicy, spatial_softmax
+from policies import load_policy, small
+from policies.small import RobotPolicy, SlotPolicy, SmallImagePolicy
 from tools import run
 
 flow = importlib.import_module("01_flow_policy")
@@ -57,7 +57,8 @@ def test_all_that_is_seen_makes_one_context(make, size):
 
 
 @pytest.mark.parametrize("senses, size", [
-    ({}, 14), ({"cameras": 1}, 14 + 128), ({"language": True}, 14 + 64), ({"slots": 2}, 8 + 64 + 12)])
+    ({}, 14), ({"cameras": 1}, 14 + 128), ({"language": True}, 14 + 64),
+    ({"slots": 2}, 8 + 64 + 12)])
 def test_what_a_policy_does_not_have_it_does_not_need(senses, size):
     policy = (SlotPolicy if "slots" in senses else RobotPolicy)(4, 3, 14, **senses)
     obs = {"state": torch.randn(3, 14)}
@@ -94,7 +95,7 @@ def test_the_state_comes_in_the_units_of_the_demonstrations(make):
 def test_the_two_cameras_are_told_apart():
     policy, obs = robot_policy(), full_obs(SENTENCES[:1])
     swapped = {**obs, "rgb": obs["rgb"].flip(1)}
-    a, b = policy.encode(obs)[0, 14:-64].view(2, 128), policy.encode(swapped)[0, 14:-64].view(2, 128)
+    a, b = (policy.encode(z)[0, 14:-64].view(2, 128) for z in (obs, swapped))
     assert (a - b).abs().max() > 1e-4
     torch.testing.assert_close(a, b.flip(0))           # and seen alike
 
@@ -114,7 +115,7 @@ def test_an_image_is_scaled_before_it_is_seen():
 
 def test_a_feature_is_the_mean_position_of_its_map():
     maps = torch.randn(2, 3, 4, 6)
-    points = spatial_softmax(maps)
+    points = small.spatial_softmax(maps)
     assert points.shape == (2, 6)
     for image in range(2):
         for channel in range(3):
@@ -197,12 +198,12 @@ def test_pictures_that_are_encoded_once_are_encoded_alike():
 
 
 def test_a_picture_or_a_sentence_in_many_rows_is_encoded_once():
-    small, robot, seen = small_image_policy(), robot_policy(), []
-    small.image_encoder.register_forward_hook(lambda layer, inputs, maps: seen.append(len(maps)))
+    images, robot, seen = small_image_policy(), robot_policy(), []
+    images.image_encoder.register_forward_hook(lambda layer, inputs, maps: seen.append(len(maps)))
     robot.sentence_encoder.register_forward_hook(lambda layer, inputs, text: seen.append(len(text)))
     obs = full_obs(SENTENCES, cameras=1, size=16)
     many = flow.take(obs, torch.tensor([0, 1, 0, 2, 2, 1, 0]))
-    small.encode(many)
+    images.encode(many)
     robot.read(many["tokens"])
     assert seen == [3, 3]
 
@@ -215,14 +216,14 @@ def test_a_picture_or_a_sentence_in_many_rows_is_encoded_once():
 def test_a_policy_is_built_again_from_its_config(make):
     """The same class with the same shapes, whatever was asked for; nothing is left to a default."""
     policy = make()
-    again = build_policy(policy.config)
+    again = policies.build_policy(policy.config)
     assert type(again) is type(policy) and again.config == policy.config
     assert {name: p.shape for name, p in again.state_dict().items()} == {
         name: p.shape for name, p in policy.state_dict().items()}
     for name, value in policy.config.items():
         if name != "kind":
             changed = {**policy.config, name: not value if type(value) is bool else value + 1}
-            assert build_policy(changed).config == changed
+            assert policies.build_policy(changed).config == changed
 
 
 def test_every_kind_has_a_name_of_its_own():
@@ -254,7 +255,7 @@ def test_a_pi0_is_told_its_folder_and_how_many_rows_at_a_time(monkeypatch):
     monkeypatch.setattr(policies, "PI0Policy", Told)
     config = {"kind": "pi0", "folder": "a/folder", "horizon": 3, "train": "all"}
     wanted = {"folder": "a/folder", "horizon": 3, "train": "all", "micro_batch": 5}
-    assert build_policy(config, micro_batch=5) == wanted
+    assert policies.build_policy(config, micro_batch=5) == wanted
 
 
 # ------------------------------------------------------------------------------------------------
@@ -270,7 +271,7 @@ def test_dims_that_hardly_move_in_the_demos_earn_no_credit():
     policy.fit_normalisation({"state": torch.randn(50, 2)}, chunks)
     v_theta, v_old = torch.randn(2, 3, 4, 5)
     v_theta.requires_grad_()
-    given = credited(policy, v_theta, v_old)
+    given = policies.credited(policy, v_theta, v_old)
     given.sum().backward()
     for dim in range(5):
         values = sorted(chunks[..., dim].flatten().tolist())
@@ -284,11 +285,11 @@ def test_credit_begins_at_a_tenth_of_the_range_of_an_action():
     """action_scale is half of what a dim moves; [-1, 1] is two wide."""
     policy, v_theta, v_old = flow.FlowPolicy(1, 4, 2), torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
     policy.action_scale.copy_(torch.tensor([0.05, 0.099, 0.101, 1.0]))
-    assert credited(policy, v_theta, v_old).flatten().tolist() == [0, 0, 1, 1]
+    assert policies.credited(policy, v_theta, v_old).flatten().tolist() == [0, 0, 1, 1]
 
 
 def test_a_policy_that_does_not_tell_its_range_gets_all_the_credit():
     v_theta, v_old = torch.randn(2, 3, 4, 5)
-    assert torch.equal(credited(SimpleNamespace(), v_theta, v_old), v_theta)
+    assert torch.equal(policies.credited(SimpleNamespace(), v_theta, v_old), v_theta)
     told_more = SimpleNamespace(action_scale=torch.ones(5), half_range=torch.zeros(5))
-    assert torch.equal(credited(told_more, v_theta, v_old), v_old)  # half_range goes first
+    assert torch.equal(policies.credited(told_more, v_theta, v_old), v_old)  # it goes first

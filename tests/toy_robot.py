@@ -1,7 +1,6 @@
-"""04 and 05 without a simulator: GapWorld in a robot's clothes, for whole runs; and a diary of a run
-whose policies are one number each, so that everybody can be told apart."""
+"""04 and 05 without a simulator: GapWorld in a robot's clothes, for whole runs; and a diary of a
+run whose policies are one number each, so that everybody can be told apart."""
 
-import contextlib
 import csv
 import importlib
 import shutil
@@ -73,15 +72,18 @@ def maniskill_toy(args, demo_noise=None, film=None):
     return Toy(11, 4, demo_noise)
 
 
-def dress(patch, curves=False):
-    """04 and 05 on the toy world, with five official starts in a task. Curves take a third of a
-    run's time to draw: without them an empty file stands there."""
+def dress(patch, curves=False, small=True):
+    """04 and 05 on the toy world, with five official starts in a task. small: their networks are.
+    Curves take a third of a run's time to draw: without them an empty file stands there."""
     patch.setattr(robot, "make_world", libero_toy)
     patch.setattr(compare, "make_world", maniskill_toy)
     patch.setattr(libero, "NUM_OFFICIAL", 5)
     patch.setattr(Toy, "played", [])
-    if not curves:
-        for script in (robot, compare):
+    for script in (robot, compare):
+        if small:
+            patch.setattr(script, "policy_config", lambda args, config=script.policy_config:
+                          {**config(args), "width": 32})
+        if not curves:
             patch.setattr(script, "learning_figure", lambda log, path: path.touch())
 
 
@@ -237,10 +239,9 @@ ITERATIONS, DIARY_FLAGS = 4, ("--iterations 4 --episodes 8 --group-size 2 --eval
                               "--eval-episodes 5 --test-episodes 6 --lr 0.5 --seed 7").split()
 
 
-@contextlib.contextmanager
-def diary_of(script, *flags, learn=None):
-    """A run of 04 or 05 -> (its Diary, the folder of its files). learn(policy, optimizer, batch,
-    args, critic) -> info takes the place of the updates; the run is a real one otherwise."""
+def diary_of(script, *flags):
+    """A run of 04 or 05 -> its Diary, with what it told and saved: result, told, log, test, sft,
+    last, files. An update adds 1 to the mark and learns nothing; all the rest is real."""
     diary, module = Diary(), SCRIPTS[script]
     action_dim = 7 if module is robot else 4
 
@@ -252,22 +253,21 @@ def diary_of(script, *flags, learn=None):
         groups = [(group["lr"], [id(p) for p in group["params"]])
                   for group in optimizer.param_groups]
         diary.write("learn", mark=round(policy.mark.item(), 4), groups=groups, batch=dict(batch),
-                    policy=policy, critic=critic, state=len(optimizer.state))
-        info = learn(policy, optimizer, batch, args, critic) if learn else {}
+                    policy=policy, critic=critic)
         with torch.no_grad():
             policy.mark += 1
-        return {"loss": 0.5, **info}
+        return {"loss": 0.5}
 
     def clone(args):
-        run.save(args.out / "sft.pt", diary.sft, args)
-        return diary.sft
+        run.save(args.out / "sft.pt", diary.clone, args)
+        return diary.clone
 
     def film(args, world, policy, seeds):
         diary.write("film", mark=round(policy.mark.item(), 4), made=world.made,
                     seeds=[int(seed) for seed in seeds])
 
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
-        diary.sft = Marked(2, action_dim)
+        diary.clone = Marked(2, action_dim)
         patch.setattr(module, "make_world", make_world)
         patch.setattr(module, "clone", clone)
         patch.setattr(module, "learning_figure", lambda log, path: None)
@@ -284,9 +284,11 @@ def diary_of(script, *flags, learn=None):
         out = Path(folder) / "out"
         diary.result, diary.told = ran(*DIARY_FLAGS, "--horizon", 2, *flags, "--out", out,
                                        script=script)
-        diary.log = log_of(out) if (out / "log.csv").exists() else []
-        diary.last = None
-        if (out / "last.pt").exists():
-            diary.last = torch.load(out / "last.pt", weights_only=True)
-        yield diary, out
+        diary.files = {path.name for path in out.iterdir()}
+        diary.log = log_of(out) if "log.csv" in diary.files else []
+        diary.test = table(out / "test.csv")
+        diary.sft, diary.last = (
+            torch.load(out / name, weights_only=True) if name in diary.files else None
+            for name in ("sft.pt", "last.pt"))
         release(out)
+    return diary

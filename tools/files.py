@@ -45,7 +45,7 @@ def save(content, path):
     """torch.save, the whole file or none; SystemExit in one line if there is no room for it."""
     import torch  # not at the top: a lock needs none of it
     path = Path(path)
-    part = path.with_suffix(".tmp")
+    part = path.with_suffix(f".{os.getpid()}.tmp")  # two runs may train the same clone
     try:
         torch.save(content, part)
         os.replace(part, path)
