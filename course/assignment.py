@@ -102,7 +102,9 @@ def make(folder, sheet):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     (folder / "sheets").mkdir(exist_ok=True)
-    shutil.copy(ROOT / f"course/sheets/{sheet}.md", folder / "sheets")
+    text = (ROOT / f"course/sheets/{sheet}.md").read_text()
+    # in the copy the scripts are one folder up, here two
+    (folder / f"sheets/{sheet}.md").write_text(text.replace("](../../", "](../"))
     tasks = tasks_of(sheet)
     for file in {task.file for task in tasks}:
         names = [task.name for task in tasks if task.file == file]
