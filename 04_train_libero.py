@@ -10,7 +10,7 @@ can stop and go on, and several GPUs (tools/). The loop stands in `main`.
 
 The defaults are for two CPU cores, not for a GPU cluster: one action a chunk, held for 4 control
 steps; all K denoising steps of a chunk trained on; labels centred on 8 episodes from one start;
-noise 0.5 and slope 0.1 (results/libero says why). --policy brings the paper's kind of network.
+noise 0.5, slope (dpo_beta) 0.1 (results/libero says why). --policy brings the paper's network.
 
 Run:     python 04_train_libero.py --num-demos 1 --seed 2     (task 0, 16 minutes on two cores)
          python 04_train_libero.py --eval-only runs/04_train_libero/last.pt --video 4
@@ -142,7 +142,7 @@ def test_all(policies, args):
     films of the last policy; test.csv has a row for each task -> {policy: success}, official."""
     official = [libero.TASK * task + i for i in range(args.test_states) for task in args.tasks]
     placements, rates = random_starts(args, "test", args.test_episodes), {}
-    if not args.eval_only:  # its rows are added, under the path of the policy
+    if not args.eval_only:  # which adds rows, named by its checkpoint
         (args.out / "test.csv").unlink(missing_ok=True)
     for suite in dict.fromkeys([args.suite, *args.eval_suites]):
         world = ranks.shared(make_world(args, suite, test=True), args.device)
@@ -237,7 +237,7 @@ def parse_args(argv=None, doc=__doc__):
             parser.error(f"--eval-suites {suite} has fewer tasks, or more things in one, than "
                          f"--suite {args.suite}: leave it out")
     if not args.policy:
-        parser.refuse(args, ["train", "tokenizer"], "is about pi0; give --policy")
+        parser.refuse(args, ["train", "tokenizer", "micro_batch"], "is about pi0; give --policy")
     if args.policy and args.obs != "rgb":
         parser.error("--policy: a vision-language model sees, give --obs rgb")
     flags.check_clone(parser, args, policy_config(args))
@@ -253,7 +253,8 @@ def parse_args(argv=None, doc=__doc__):
 
 
 def main(update=update, name="pi-StepNFT", key="stepnft", doc=__doc__):
-    """Demonstrations, SFT, RL, test. Another `update` with its names makes a baseline."""
+    """Demonstrations, SFT, RL, test. Another `update` with its names makes a
+    baseline, as results/libero/filtered_bc.py does; batch["won"] is for those."""
     args, start = parse_args(doc=doc), time.time()
     ranks.join_ranks(args)
     if args.obs == "state":
@@ -296,7 +297,7 @@ def main(update=update, name="pi-StepNFT", key="stepnft", doc=__doc__):
         # update, with smaller steps late
         optimizer.param_groups[0]["lr"] = args.lr * (1 - i / args.iterations)
         info = update(policy, optimizer, batch, args)
-        # follow
+        # follow: the old policy moves towards the trained one
         alpha = nft.ema_decay(i, args.iterations, *args.ema)
         nft.ema_update(old, policy, alpha)
         updated = time.time()
@@ -304,7 +305,7 @@ def main(update=update, name="pi-StepNFT", key="stepnft", doc=__doc__):
         rate = ""
         if (i + 1) % args.eval_every == 0 or i + 1 == args.iterations:
             rate = validate(policy, f"iteration {i + 1}")
-        # save; under torchrun `info`, loss and so on, is that of rank 0
+        # save: a row of the log (its loss is rank 0's), and the checkpoint
         row = run.count(args, state, success, batch)
         log_row(args.out / "log.csv", {
             **row, "eval_ode": rate, **info, "alpha": alpha, "rollout_seconds": played - began,

@@ -7,8 +7,8 @@ sentence (--task). A few demonstrations are cloned (SFT), and RL lifts the clone
     ppo       clipped policy gradient on the likelihood of one noisy step, with a critic's advantage
     grpo      the same with the mean of the episodes from one start in the critic's place
 
-New: those two, and a test out of distribution (--eval-ood). The loop in `main` is 04's, written out
-again. --task PixelGap is the toy world through a camera, in minutes.
+New: those two, and a test out of distribution (--eval-ood). `update` and the loop are 04's, written
+out again. --task PixelGap is the toy world through a camera, in minutes.
 
 Run:     python 05_train_maniskill.py                       (5 to 9 minutes on two CPU cores)
          python 05_train_maniskill.py --task PixelGap --algo ppo --eval-ood      (a minute)
@@ -141,7 +141,7 @@ def ppo_update(policy, critic, optimizer, batch, args, clip=0.2):
 
     batch["y"] holds the advantages A. The critic's loss is half its mean squared error. Once a
     minibatch's kl = mean(ratio - 1 - log ratio) is above --target-kl, the policy rests: only the
-    critic goes on, as it starts untrained; GRPO (critic=None) stops.
+    critic goes on, as it starts untrained; GRPO (critic=None) stops, before that is logged.
     """
     resting, infos = False, []
     for _ in range(args.epochs):
@@ -219,7 +219,7 @@ def clone(args):
 def test_all(policies, args, world):
     """The test, on request the OOD suite and films of the last policy -> success of each policy.
     Every policy plays the same seeds in every variant: a row of test.csv each."""
-    if not args.eval_only:  # its rows are added, under the path of the policy
+    if not args.eval_only:  # which adds rows, named by its checkpoint
         (args.out / "test.csv").unlink(missing_ok=True)
     seeds = episode_seeds("test", args.test_episodes)
     tests, rates = [("test", "as in training", {}, seeds)], {}  # rates: (axis, policy) -> list
@@ -306,7 +306,7 @@ def main():
     warnings.filterwarnings("ignore")  # the simulator's own, about drivers nobody needs here
     args, start = parse_args(), time.time()
     ranks.join_ranks(args)
-    torch.set_num_threads(torch.get_num_threads() if args.renderer else 1)  # a small net
+    torch.set_num_threads(torch.get_num_threads() if args.renderer else 1)  # 1: without images
     print(*(f"{k}={v}" for k, v in vars(args).items() if k != "flags"), flush=True)
     if args.eval_only:
         policies = {str(args.eval_only): load_policy(args.eval_only, args.device)}
@@ -359,7 +359,7 @@ def main():
         rate = ""
         if (i + 1) % args.eval_every == 0 or i + 1 == args.iterations:
             rate = validate(policy, f"iteration {i + 1}")
-        # save; under torchrun `info`, loss and so on, is that of rank 0
+        # save: a row of the log (its loss is rank 0's), and the checkpoint
         row = run.count(args, state, success, batch)
         log_row(args.out / "log.csv", {
             **row, "eval_ode": rate, **info, "alpha": alpha, "rollout_seconds": played - began,

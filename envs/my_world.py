@@ -1,11 +1,11 @@
 """Bring your own world: a simulator of 10 lines, and the whole method on it in 30 more.
 
 Anything that can reset to a seed, advance by one action and observe becomes a world by `ChunkEnv`;
-a `gymnasium.Env` with the four habits told in envs/workers.py may take its place. Copy this file and
+a `gymnasium.Env` with the four habits of envs/workers.py may take its place. Copy this file and
 exchange `Reach`, `make_env` and `expert` for yours.
 
 Run:     python -m envs.my_world            (a minute or two on two CPU cores)
-Prints:  success of the clone, then of the trained policy every fifth iteration.
+Prints:  success of the clone, then of the trained policy every fifth iteration, then RESULT.
 """
 
 import copy
@@ -71,7 +71,7 @@ def main(num_envs=8, num_demos=3, sft_steps=500, iterations=30, episodes=256, gr
         batch["y"] = nft.labels(success, batch["episode"], group_size)
         nft.update(policy, optimizer, batch)
         nft.ema_update(old, policy, 0.1)
-        if iteration % 5 == 4:
+        if iteration % 5 == 4 or iteration + 1 == iterations:
             rate = flow.evaluate(policy, world, test).mean()
             print(f"iteration {iteration + 1}: success {rate:.3f}")
     world.close()

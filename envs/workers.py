@@ -5,8 +5,8 @@
 as GapWorld.play. A simulator joins as a gymnasium.Env with four habits: its action is a
 whole chunk (H, A), its observation a dict of arrays; step's info tells `executed`, how many of the
 H actions ran before the episode ended, and `success`; a seed is an episode: the same start in any
-process, after any other episode; and it bears being asked along while it has no episode to play, by
-reset() without a seed and step() after the end, whose answers nobody reads. ChunkEnv gives these
+process, after any other episode; and while it has no episode to play, reset() without a seed and
+step() after the end do no harm (nobody reads the answers). ChunkEnv gives these
 habits to anything that can reset, move by one action and look.
 """
 

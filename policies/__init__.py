@@ -24,7 +24,7 @@ def load_policy(path, device="cpu", micro_batch=32):
     """-> the policy of any checkpoint of 04 or 05; pi0's needs the folder it was made from, too."""
     content = torch.load(path, map_location=device, weights_only=True)
     policy = build_policy(content["config"], micro_batch).to(device)
-    # torch's wrappers for several GPUs and for compiling prefix every name
+    # of weights from elsewhere: DDP and torch.compile prefix every name, nothing here uses them
     weights = {name.removeprefix("module.").removeprefix("_orig_mod."): value
                for name, value in content["policy"].items()}
     try:
@@ -37,8 +37,8 @@ def load_policy(path, device="cpu", micro_batch=32):
 
 def credited(policy, v_theta, v_old):
     """v_theta in the action dims whose range in the demos, from the 1 % to the 99 % quantile, is
-    over a tenth of [-1, 1]; v_old in the others: they hardly move, so their noise changes nothing
-    and earns nothing. Half of that range is FlowPolicy's action_scale; PI0Policy's is a standard
-    deviation, so it brings half_range."""
+    over a tenth of [-1, 1]; v_old in the others: they hardly move, so their noise changes nothing,
+    and v_old carries no gradient. Half of that range is FlowPolicy's action_scale; PI0Policy's is a
+    standard deviation, so it brings half_range."""
     scale = getattr(policy, "action_scale", torch.ones(1, device=v_old.device))
     return torch.where(getattr(policy, "half_range", scale) > 0.1, v_theta, v_old)

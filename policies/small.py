@@ -23,6 +23,7 @@ class RobotPolicy(flow.FlowPolicy):
         # 64 feature maps of a camera give two numbers each, a sentence gives 64
         self.context_dim = context or state_dim + 128 * cameras + 64 * language
         super().__init__(horizon, action_dim, self.context_dim, width, depth)
+        # 01 made these as long as the head's input, the context; the state has its own length
         self.state_centre, self.state_scale = torch.zeros(state_dim), torch.ones(state_dim)
         self.cameras, self.language = cameras, language
         # rebuilds the policy from a checkpoint

@@ -170,7 +170,7 @@ def test_the_command_makes_and_grades(tmp_path):
 
 
 def test_the_small_install_is_enough():
-    """Without the simulators and the pretrained networks, which the instructor's page leaves out."""
+    """Without simulators and pretrained networks, which the instructor's page leaves out."""
     page = (ROOT / "course/README.md").read_text()
     install = re.search(r"`\.venv/bin/pip install ([\w ]+)`", page)[1].split()
     assert {"torch", "scipy", "gymnasium", "h5py", "pytest"} <= set(install)

@@ -146,7 +146,7 @@ def test_the_installing_programs_are_called_with_what_is_here():
 
 
 def test_torchruns_flags_exist(parsed):
-    """On the pages and in the scripts' first lines: torchrun has a parser to ask, and the script."""
+    """On the pages and in the scripts' first lines: of torchrun, and of the script."""
     from torch.distributed.run import get_args_parser
     told = [CODE] + [(ROOT / script).read_text().split('"""')[1] for script in SCRIPTS]
     lines = [line for text in told for line in re.findall(r"torchrun (.*)", text)]

@@ -2,7 +2,7 @@
 
 A script builds `Parser(__doc__)` and adds its own flags. 03, 04 and 05 share the flags of the
 method, 04 and 05 those of a run. `parse_run` reads them for a new run; with --resume and
---eval-only they come from the checkpoint, need not be repeated and may not be contradicted.
+--eval-only they come from the checkpoint, need not be repeated; only those in FREE may change.
 """
 
 import argparse

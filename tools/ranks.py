@@ -46,49 +46,6 @@ def join_ranks(args):
         sys.stdout, args.out = open(os.devnull, "w"), Path(args.scratch.name)
 
 
-def show_gpu(local):
-    """The simulators of this rank, started later, see its GPU only and, if EGL's number of it can
-    be found, draw there. CUDA's number is another: EGL counts other devices too, in its own order;
-    and it may be a name, of a GPU (GPU-...) or of a part of one (MIG-...)."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(local + 1)))
-    name = visible.split(",")[local].strip()
-    os.environ["CUDA_VISIBLE_DEVICES"] = name
-    devices = egl_devices()
-    if name.isdigit() and int(name) in devices and "MUJOCO_EGL_DEVICE_ID" not in os.environ:
-        os.environ["MUJOCO_EGL_DEVICE_ID"] = str(devices.index(int(name)))
-
-
-ASK_EGL = """
-import ctypes
-egl = ctypes.CDLL("libEGL.so.1")
-egl.eglGetProcAddress.restype = ctypes.c_void_p
-egl.eglGetProcAddress.argtypes = [ctypes.c_char_p]
-
-
-def function(name, *types):
-    return ctypes.CFUNCTYPE(ctypes.c_uint, *types)(egl.eglGetProcAddress(name))
-
-
-query_devices = function(b"eglQueryDevicesEXT", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-query = function(b"eglQueryDeviceAttribEXT", ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
-devices, count = (ctypes.c_void_p * 10)(), ctypes.c_int()  # MuJoCo looks at ten, too
-query_devices(10, devices, ctypes.byref(count))
-for device in devices[:count.value]:
-    number = ctypes.c_ssize_t(-1)
-    known = query(device, 0x323A, ctypes.byref(number))  # EGL_CUDA_DEVICE_NV
-    print(number.value if known else -1)
-"""
-
-
-def egl_devices():
-    """CUDA's number of each of EGL's devices, -1 for one that it does not have; [] without EGL. In
-    a process of its own, as a driver may crash, and one that sees all GPUs, as EGL_CUDA_DEVICE_NV
-    counts those that are visible."""
-    environ = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    told = subprocess.run([sys.executable, "-c", ASK_EGL], env=environ, capture_output=True)
-    return [int(line) for line in told.stdout.split()] if told.returncode == 0 else []
-
-
 def rank_of():
     """-> (rank, number of ranks); (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -165,3 +122,50 @@ def minibatches(count, size):
     at random, as the one with fewest: as many steps on each."""
     fewest = int(gather(torch.tensor([count])).min())
     return torch.randperm(count)[:fewest].split(size)
+
+
+# ------------------------------------------------------------------------------------------------
+# Which GPU the simulators of a rank draw on
+
+
+def show_gpu(local):
+    """The simulators of this rank, started later, see its GPU only and, if EGL's number of it can
+    be found, draw there. CUDA's number is another: EGL counts other devices too, in its own order;
+    and it may be a name, of a GPU (GPU-...) or of a part of one (MIG-...)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(local + 1)))
+    name = visible.split(",")[local].strip()
+    os.environ["CUDA_VISIBLE_DEVICES"] = name
+    devices = egl_devices()
+    if name.isdigit() and int(name) in devices and "MUJOCO_EGL_DEVICE_ID" not in os.environ:
+        os.environ["MUJOCO_EGL_DEVICE_ID"] = str(devices.index(int(name)))
+
+
+ASK_EGL = """
+import ctypes
+egl = ctypes.CDLL("libEGL.so.1")
+egl.eglGetProcAddress.restype = ctypes.c_void_p
+egl.eglGetProcAddress.argtypes = [ctypes.c_char_p]
+
+
+def function(name, *types):
+    return ctypes.CFUNCTYPE(ctypes.c_uint, *types)(egl.eglGetProcAddress(name))
+
+
+query_devices = function(b"eglQueryDevicesEXT", ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+query = function(b"eglQueryDeviceAttribEXT", ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+devices, count = (ctypes.c_void_p * 10)(), ctypes.c_int()  # MuJoCo looks at ten, too
+query_devices(10, devices, ctypes.byref(count))
+for device in devices[:count.value]:
+    number = ctypes.c_ssize_t(-1)
+    known = query(device, 0x323A, ctypes.byref(number))  # EGL_CUDA_DEVICE_NV
+    print(number.value if known else -1)
+"""
+
+
+def egl_devices():
+    """CUDA's number of each of EGL's devices, -1 for one that it does not have; [] without EGL. In
+    a process of its own, as a driver may crash, and one that sees all GPUs, as EGL_CUDA_DEVICE_NV
+    counts those that are visible."""
+    environ = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    told = subprocess.run([sys.executable, "-c", ASK_EGL], env=environ, capture_output=True)
+    return [int(line) for line in told.stdout.split()] if told.returncode == 0 else []

@@ -69,7 +69,8 @@ def sft(args, make_policy, demos, chunks):
 
 
 def random_stream(seed, iteration):
-    """torch's random numbers from here on: the same for this iteration whenever it is played."""
+    """torch's random numbers from here on: the same for this iteration whenever it is played.
+    Seeded by its first training start, plus the rank."""
     torch.manual_seed(int(episode_seeds("train", 1, seed, iteration)[0]) + rank_of()[0])
 
 
