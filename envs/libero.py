@@ -244,6 +244,18 @@ class OtherTask(ValueError):
     """Recorded states are not those of this task's simulator."""
 
 
+@contextlib.contextmanager
+def seeded(seed):
+    """robosuite and LIBERO's samplers draw from numpy's global generator: they get a seed, and
+    everybody else finds it as it was."""
+    generator = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        np.random.set_state(generator)
+
+
 class LiberoSim:
     """One LIBERO task, without robosuite's observation and rendering machinery.
 
@@ -261,7 +273,7 @@ class LiberoSim:
         self.obs, self.state_dim = obs, state_dim or state_size(suite, obs)
         self.init_states = np.asarray(tasks.get_task_init_states(task))     # (50, 1 + nq + nv)
         ControlEnv = import_libero(gl)
-        with contextlib.nullcontext() if gl else without_textures():
+        with seeded(0), contextlib.nullcontext() if gl else without_textures():
             self.env = ControlEnv(
                 bddl_file_name=files[task], has_renderer=False, use_camera_obs=False,
                 has_offscreen_renderer=False, hard_reset=False,
@@ -296,17 +308,15 @@ class LiberoSim:
         """Draw fixtures, drawers and objects from the task's own samplers: env.reset() without
         building the model again (0.4 s) and without observations."""
         from robosuite.utils.errors import RandomizationError
-        generator = np.random.get_state()  # LIBERO's samplers use numpy's global generator
-        np.random.seed(seed)
         fixtures = [self.env.obj_body_id[name] for name in self.env.fixtures_dict]
-        while True:
-            # the samplers compute regions on a fixture as if it still stood at the origin
-            self.model.body_pos[fixtures], self.model.body_quat[fixtures] = 0, (1, 0, 0, 0)
-            self.env.sim.reset()
-            with contextlib.suppress(RandomizationError):  # no free spot: draw again
-                self.env._reset_internal()
-                break
-        np.random.set_state(generator)
+        with seeded(seed):
+            while True:
+                # the samplers compute regions on a fixture as if it still stood at the origin
+                self.model.body_pos[fixtures], self.model.body_quat[fixtures] = 0, (1, 0, 0, 0)
+                self.env.sim.reset()
+                with contextlib.suppress(RandomizationError):  # no free spot: draw again
+                    self.env._reset_internal()
+                    break
         self.controller = self.robot.controller  # a new one
         self.controller.initial_joint = np.array(self.robot.init_qpos)  # it leans to this posture
         self.controller.update, self.controller.run_controller = self.see_hand, self.torques

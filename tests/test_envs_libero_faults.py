@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -347,3 +348,19 @@ def test_suites_that_the_package_names_and_does_not_hold():
     for name in ("libero_goal_env", "libero_100", "libero_object_with_trigger"):
         line = in_one_line(suite, name)
         assert line.startswith(f"--suite {name} comes without") and "try libero_spatial" in line
+
+
+@pytest.mark.sim
+def test_numpys_generator_is_left_as_it_was():
+    """Building, placing and playing draw from it; whoever else does must not notice."""
+    np.random.seed(5)
+    expected = np.random.random(4)
+    np.random.seed(5)
+    drawn = [np.random.random()]
+    sim = libero.LiberoSim("libero_object", 0)
+    drawn.append(np.random.random())
+    for number in (0, 1000):
+        sim.reset(number)
+        sim.advance(libero.NO_OP)
+        drawn.append(np.random.random())
+    assert drawn == list(expected)
