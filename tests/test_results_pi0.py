@@ -1,5 +1,5 @@
 """results/pi0/run.py: its loop against 05's; the curve, tiny; memory and time. (The policy itself:
-test_pi0.)"""
+test_policies_pi0.)"""
 
 import importlib
 import sys
