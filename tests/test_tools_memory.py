@@ -72,11 +72,17 @@ def test_as_many_simulators_as_cores_and_memory_bear(monkeypatch, cores, free, r
     assert flags.parse_run(parser, []).num_envs == wanted
 
 
-def test_a_line_tells_before_memory_ends(monkeypatch, capsys):
+def test_a_line_tells_before_memory_ends_once_nothing_else_is_wrong(monkeypatch, capsys, tmp_path):
+    """Until the folder is claimed another check may fail, whose line should stand alone."""
     monkeypatch.setattr(memory, "free", lambda: 10.0)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    flags.parse_run(script(gb_per_env=0.8), ["--num-envs", "12"])
+    parsers = []
+    for count in ("12", "64"):
+        parsers.append(script(gb_per_env=0.8))
+        flags.parse_run(parsers[-1], ["--num-envs", count])
     assert capsys.readouterr().err == ""
-    flags.parse_run(script(gb_per_env=0.8), ["--num-envs", "64"])
+    parsers[0].claim_folder("--out", tmp_path / "few")
+    assert capsys.readouterr().err == ""
+    parsers[1].claim_folder("--out", tmp_path / "many")
     line, = capsys.readouterr().err.splitlines()
     assert "--num-envs 64" in line and "51.2 GB" in line and "10.0" in line and "give 12" in line

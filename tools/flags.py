@@ -59,6 +59,8 @@ class Parser(argparse.ArgumentParser):
         self.make_folder(flag, path)
         if not files.lock(path):
             self.error(f"{flag} {path}: another run is writing there; give a folder of its own")
+        if hasattr(self, "num_envs"):
+            tell_memory(self.num_envs, self.gb_per_env)
 
 
 def number(kind, low, high=math.inf):
@@ -215,7 +217,7 @@ def parse_run(parser, argv=None):
         parser.error("--sft: a run that goes on with --resume has its clone already")
     if not stored and (args.out / "last.pt").exists():
         parser.error(f"--out {args.out} holds a run: --resume continues it, another --out keeps it")
-    tell_memory(args.num_envs, parser.gb_per_env)
+    parser.num_envs = args.num_envs  # told once nothing else is wrong: `claim_folder`
     args.resume = args.resume and path
     args.flags = {"script": parser.prog, **{name: str(value) if isinstance(value, Path) else value
                                             for name, value in vars(args).items()}}
