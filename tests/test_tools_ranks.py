@@ -173,8 +173,9 @@ def joined(rank, visible=None, cuda=True, egl=(), gpus=8, **environment):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"RANK": rank + 4, "LOCAL_RANK": rank, "WORLD_SIZE": 8}.items():
             patch.setenv(name, str(value))
-        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        patch.delenv("MUJOCO_EGL_DEVICE_ID", raising=False)
+        for name in ("CUDA_VISIBLE_DEVICES", "MUJOCO_EGL_DEVICE_ID"):
+            patch.setenv(name, "")     # so that what join_ranks sets is taken back
+            patch.delenv(name)
         if visible is not None:
             patch.setenv("CUDA_VISIBLE_DEVICES", visible)
         for name, value in environment.items():
