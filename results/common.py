@@ -32,6 +32,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from tools import flags  # noqa: E402  (the line above tells where)
+
 ROUNDS = ((100,), (101,), (102, 103))   # seeds of the tuning; reported ones are below 100
 
 
@@ -170,6 +172,39 @@ def tune(variants, grid, run, path, workers=1, score="after"):
                 for variant, settings in zip(variants, left)]
         left = [settings[:max(3, len(grid) // 2 ** len(played))] for settings in left]
     return [settings[0] for settings in left]
+
+
+def add_toy_flags(parser, out):
+    """What every study of the toy world asks: which seeds, how long, how many at a time, where."""
+    add = parser.add_argument
+    add("--seeds", type=flags.positive_int, default=8, help="how many seeds")
+    add("--first-seed", type=flags.natural, default=0, help="seed of SFT, rollouts and updates")
+    add("--iterations", type=flags.positive_int, default=160, help="RL iterations")
+    add("--episodes", type=flags.positive_int, default=512, help="episodes per iteration")
+    add("--jobs", type=flags.positive_int, default=cores(), help="runs at a time, one core each")
+    add("--out", type=Path, default=out, help="folder of tables and figure")
+
+
+def check_toy_flags(parser, args):
+    """Reported seeds are none of the tuning's; --out is made."""
+    if args.first_seed + args.seeds > ROUNDS[0][0]:
+        parser.error(f"--seeds {args.seeds}: seeds from {ROUNDS[0][0]} on are for tuning")
+    parser.make_folder("--out", args.out)
+
+
+def tune_and_play(variants, grid, run, args, name):
+    """Each variant at the setting that served it best, on the reported seeds -> their rows.
+    Saves NAME.csv and, if there was a choice, NAME_tuning.csv."""
+    torch.set_num_threads(1)  # on nets this small, threads only wait for each other
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for seed in [*seeds, *(s for played in ROUNDS for s in played if len(grid) > 1)]:
+        importlib.import_module("01_flow_policy").toy_policy(seed)  # once, before workers need it
+    best = grid * len(variants) if len(grid) == 1 else tune(
+        variants, grid, run, args.out / f"{name}_tuning.csv", args.jobs)
+    jobs = [{**one, **setting, "seed": seed} for seed in seeds
+            for one, setting in zip(variants, best)]
+    collect(jobs, run, args.out / f"{name}.csv", args.jobs)
+    return rows_of(jobs, args.out / f"{name}.csv")
 
 
 def half_interval(values):
