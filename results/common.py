@@ -192,7 +192,7 @@ def check_toy_flags(parser, args):
     parser.make_folder("--out", args.out)
 
 
-def tune_and_play(variants, grid, run, args, name):
+def tune_and_play(variants, grid, run, args, name, score="after"):
     """Each variant at the setting that served it best, on the reported seeds -> their rows.
     Saves NAME.csv and, if there was a choice, NAME_tuning.csv."""
     torch.set_num_threads(1)  # on nets this small, threads only wait for each other
@@ -200,7 +200,7 @@ def tune_and_play(variants, grid, run, args, name):
     for seed in [*seeds, *(s for played in ROUNDS for s in played if len(grid) > 1)]:
         importlib.import_module("01_flow_policy").toy_policy(seed)  # once, before workers need it
     best = grid * len(variants) if len(grid) == 1 else tune(
-        variants, grid, run, args.out / f"{name}_tuning.csv", args.jobs)
+        variants, grid, run, args.out / f"{name}_tuning.csv", args.jobs, score)
     jobs = [{**one, **setting, "seed": seed} for seed in seeds
             for one, setting in zip(variants, best)]
     collect(jobs, run, args.out / f"{name}.csv", args.jobs)

@@ -1,0 +1,201 @@
+"""Does a policy that explored widely go on where the demonstrations never were?
+
+Every arm trains from the narrow starts of the demonstrations alone (|y| < 0.3), where the clone
+hardly fails, and is tested from starts that nobody visited (0.3 to 0.9) and after a push sideways.
+Each arm differs from the one before it in one thing: the rollout, the target, the width.
+
+All are tuned alike on seeds 100 to 103 (common.py, success from unvisited starts), then played on
+eight seeds that no other study has used.
+
+Run:     python results/recovery/run.py                (115 runs, about 15 s each on one core)
+         python results/recovery/run.py next-0.5 --seed 4242    (one run of an arm, as tuned)
+Saves:   results/recovery/{recovery.csv, recovery_tuning.csv, verdicts.csv, recovery.png}
+"""
+
+import contextlib
+import importlib
+import io
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+flow, variants, common = map(importlib.import_module, (
+    "01_flow_policy", "results.ablations.variants", "results.common"))
+from envs.gap_world import GapWorld, episode_seeds  # noqa: E402  (the lines above tell where)
+from tools import flags  # noqa: E402
+from tools.log import log_row  # noqa: E402
+
+ARMS = {"ode": {"rollout": "ode", "target": "endpoint", "noise_level": 0.2},
+        "endpoint-0.2": {"rollout": "sde", "target": "endpoint", "noise_level": 0.2},
+        "next-0.2": {"rollout": "sde", "target": "next", "noise_level": 0.2},
+        "next-0.5": {"rollout": "sde", "target": "next", "noise_level": 0.5},
+        "endpoint-0.5": {"rollout": "sde", "target": "endpoint", "noise_level": 0.5}}
+NAMES = {"sft": "SFT", "ode": "ODE, endpoint", "endpoint-0.2": "SDE 0.2, endpoint",
+         "endpoint-0.5": "SDE 0.5, endpoint", "next-0.2": "SDE 0.2, next step",
+         "next-0.5": "SDE 0.5, next step"}
+GRID = [{"ema": ema, "lr": lr} for ema in ("0.1 0.1", "0.9 0.9", "0.9 0.995")
+        for lr in (3e-4, 1e-3)]
+COMPARED = [("endpoint-0.2", "ode"), ("next-0.2", "endpoint-0.2"), ("next-0.5", "next-0.2"),
+            ("next-0.5", "ode"), ("next-0.5", "endpoint-0.5")]
+NARROW, PUSHES, BINS = 0.3, (0.15, 0.3), 9
+TESTS = ("visited", "unvisited", *(f"push_{push}" for push in PUSHES))
+
+
+class Pushed(GapWorld):
+    """Narrow starts, and one push sideways (m) after the first chunk, up or down by the seed."""
+
+    def __init__(self, push):
+        super().__init__(NARROW)
+        self.push = push
+
+    def reset(self, seeds):
+        self.side = np.where(np.asarray(seeds) // 4 % 2, 1, -1)
+        return super().reset(seeds)
+
+    def step(self, chunks):
+        _, executed = super().step(chunks)
+        if self.side is not None:
+            self.position[:, 1] += self.push * self.side * ~self.over
+            self.side = None
+        return self.observe(), executed
+
+
+class Diary(GapWorld):
+    """Narrow starts, and a count of where training's episodes have been: (60, 60), x by y."""
+
+    def __init__(self):
+        super().__init__(NARROW)
+        self.places = np.zeros((60, 60))
+
+    def play(self, act, seeds):
+        played = super().play(act, seeds)
+        trail = np.stack(self.trail)                                              # (T+1, N, 2)
+        moved = (np.diff(trail, axis=0) != 0).any(-1)                             # (T, N)
+        x, y = trail[1:][moved].T
+        self.places += np.histogram2d(x, y, 60, [[-1, 1], [-1, 1]])[0]
+        return played
+
+
+def tested(policy, num_steps, episodes):
+    """Success from visited and unvisited starts, after pushes, and by the start's |y|, a tenth a
+    column."""
+    seeds, world = episode_seeds("test", episodes), GapWorld()
+    away = np.abs(world.reset(seeds)["state"][:, 1].numpy())                      # (episodes,)
+    success = flow.evaluate(policy, world, seeds, num_steps)
+    told = {"visited": success[away < NARROW].mean(), "unvisited": success[away >= NARROW].mean()}
+    for push in PUSHES:
+        told[f"push_{push}"] = flow.evaluate(policy, Pushed(push), seeds, num_steps).mean()
+    tenth = (away * 10).astype(int)
+    return told | {f"start_{i / 10}": success[tenth == i].mean() for i in range(BINS)}
+
+
+def run(job, episodes=3000):
+    """A job -> the rest of its row. It may be in a worker process, so it prints nothing."""
+    args, start, world = variants.settings({**job, **ARMS[job["arm"]]}), time.time(), Diary()
+    with contextlib.redirect_stdout(io.StringIO()):
+        policies = variants.train(args, world)
+    sft, after = (tested(policy, args.num_steps, episodes) for policy in policies)
+    left = world.places[:30]                                       # before the wall, x < 0
+    heights = np.abs(np.linspace(-1, 1, 61)[:-1] + 1 / 60)
+    return {**after, **{f"sft_{name}": value for name, value in sft.items()},
+            "training_outside": left[:, heights > NARROW].sum() / left.sum(),
+            "test_episodes": episodes, "seconds": round(time.time() - start),
+            **common.origin(f"results/recovery/run.py {job['arm']} --seed {job['seed']}")}
+
+
+def verdicts(rows, path):
+    """Paired differences of the arms in success from unvisited starts and after pushes."""
+    path.unlink(missing_ok=True)
+    arms = {(row["arm"], test): {} for row in rows for test in TESTS}
+    for row in rows:
+        for test in TESTS:
+            arms[row["arm"], test][row["seed"]] = float(row[test])
+            arms.setdefault(("sft", test), {})[row["seed"]] = float(row[f"sft_{test}"])
+    for test in TESTS:
+        for a, b in [*COMPARED, ("ode", "sft"), ("next-0.5", "sft")]:
+            if (a, test) in arms and (b, test) in arms:
+                mean, low, high = common.difference(arms[a, test], arms[b, test])
+                said = "shown" if low > 0 else "contradicted" if high < 0 else "not shown"
+                log_row(path, {"test": test, "comparison": f"{a} - {b}",
+                               "seeds": len(arms[a, test]), "mean": float(mean), "low": float(low),
+                               "high": float(high), "verdict": said})
+                print(f"{test:<10} {a + ' - ' + b:<26} {100 * mean:+.1f} [{100 * low:+.1f}, "
+                      f"{100 * high:+.1f}] {said}")
+
+
+def draw(rows, best, path):
+    """Where training went, of one seed of each arm, and where each arm succeeds, by the start."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    figures = importlib.import_module("results.figures")
+    colors = dict(zip(NAMES, ("0.5", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#cc79a7")))
+    with matplotlib.rc_context(figures.STYLE):
+        fig = Figure(figsize=(11, 6), layout="constrained")
+        axes = fig.subplot_mosaic([[0, 1, 2, 3], ["by start"] * 4], height_ratios=[1, 1.1])
+        for i, arm in enumerate(("ode", "endpoint-0.2", "next-0.2", "next-0.5")):
+            world, seed = Diary(), min(int(row["seed"]) for row in rows)
+            variants.train(variants.settings({**best[arm], **ARMS[arm], "seed": seed}), world)
+            axes[i].imshow(np.log1p(world.places.T), origin="lower", extent=(-1, 1, -1, 1),
+                           cmap="Blues")
+            axes[i].axvline(0, color="0.6", lw=2)
+            for y in (-NARROW, NARROW):
+                axes[i].axhline(y, color="0.6", ls=":", lw=1)
+            axes[i].set(title=NAMES[arm], xticks=(-1, 0, 1), yticks=(-1, 0, 1), xlabel="x (m)",
+                        ylabel="y (m): where training went" if i == 0 else "")
+        ax, x = axes["by start"], np.arange(BINS) / 10 + 0.05
+        for arm in ("sft", "ode", "endpoint-0.2", "next-0.2", "next-0.5"):
+            column = "sft_start" if arm == "sft" else "start"
+            own = [row for row in rows if row["arm"] == ("ode" if arm == "sft" else arm)]
+            values = np.array([[float(row[f"{column}_{i / 10}"]) for i in range(BINS)]
+                               for row in own])                                   # (seeds, BINS)
+            half = [common.half_interval(tenth) for tenth in values.T]
+            ax.errorbar(x, values.mean(0), half, label=NAMES[arm], color=colors[arm], capsize=2,
+                        ls="--" if arm == "sft" else "-")
+        ax.axvspan(0, NARROW, color="0.92")
+        ax.text(0.01, 0.02, "starts of training", color="0.4")
+        ax.set(xlabel="height of the start, |y| (m)", ylabel="success without noise", xlim=(0, 0.9),
+               ylim=(0, 1.02))
+        ax.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.34, 0))
+        fig.savefig(path)
+
+
+def main():
+    parser, start = flags.Parser(__doc__), time.time()
+    parser.add_argument("arms", nargs="*", metavar="ARM", default=list(ARMS),
+                        help=f"which of {', '.join(ARMS)}")
+    parser.add_argument("--seed", type=flags.natural, help="one run of each arm, as it was tuned: "
+                        "printed, not saved")
+    common.add_toy_flags(parser, "results/recovery")
+    parser.set_defaults(first_seed=30)
+    args = parser.parse_args()
+    if unknown := set(args.arms) - set(ARMS):
+        parser.error(f"no arm {', '.join(unknown)}; there are {', '.join(ARMS)}")
+    common.check_toy_flags(parser, args)
+    size = {"iterations": args.iterations, "episodes": args.episodes}
+    compared = [{"arm": arm, **size} for arm in args.arms]
+    torch.set_num_threads(1)  # on nets this small, threads only wait for each other
+    if args.seed is not None:
+        best = common.tune(compared, GRID, run, args.out / "recovery_tuning.csv", args.jobs,
+                           score="unvisited")
+        for arm, setting in zip(compared, best):
+            row = run({**arm, **setting, "seed": args.seed})
+            print(f"RESULT arm={arm['arm']} seed={args.seed} "
+                  f"sft_unvisited={row['sft_unvisited']:.3f} unvisited={row['unvisited']:.3f} "
+                  f"visited={row['visited']:.3f} seconds={row['seconds']}")
+        return
+    rows = common.tune_and_play(compared, GRID, run, args, "recovery", score="unvisited")
+    verdicts(rows, args.out / "verdicts.csv")
+    best = {row["arm"]: {**size, "ema": row["ema"], "lr": float(row["lr"])} for row in rows}
+    if set(best) == set(ARMS):
+        draw(rows, best, args.out / "recovery.png")
+    print(f"RESULT arms={len(best)} runs={len(rows)} saved={args.out}/recovery.csv "
+          f"seconds={time.time() - start:.0f}")
+
+
+if __name__ == "__main__":
+    main()
