@@ -3,12 +3,13 @@
 The method of 03 on ManiSkill: a Panda arm holds a cube at a goal, pushes, stacks, or follows a
 sentence (--task). A few demonstrations are cloned (SFT), and RL lifts the clone; --algo says how:
 
-    stepnft   rank the mirrored branches of one step by the episode's success        (03)
-    ppo       clipped policy gradient on the likelihood of one noisy step, with a critic's advantage
-    grpo      the same with the mean of the episodes from one start in the critic's place
+    stepnft      rank the mirrored branches of one step by the episode's success        (03)
+    ppo          clipped policy gradient on the likelihood of a noisy step; a critic's advantage
+    grpo         the same with the mean of the episodes from one start in the critic's place
+    ppo-action   PPO with the noise on the executed chunk, none in the steps that lead to it
 
-New: those two, and a test out of distribution (--eval-ood). `update` and the loop are 04's, written
-out again. --task PixelGap is the toy world through a camera, in minutes.
+New: the last three, and a test out of distribution (--eval-ood). `update` and the loop are 04's,
+written out again. --task PixelGap is the toy world through a camera, in minutes.
 
 Run:     python 05_train_maniskill.py                       (5 to 9 minutes on two CPU cores)
          python 05_train_maniskill.py --task PixelGap --algo ppo --eval-ood      (a minute)
@@ -81,6 +82,19 @@ def one_noisy_step(policy, num_steps, noise_level):
     return act
 
 
+def noisy_chunk(policy, num_steps, noise_level):
+    """An `act` for a world's `play`: the ODE's chunk, and noise on each of its actions instead."""
+    def act(obs):
+        x = flow.ode_path(policy, obs, num_steps)                              # (B, K+1, H, A)
+        chunk = x[:, -1] + noise_level * torch.randn_like(x[:, -1])
+        return policy.denormalise(chunk), {"x": x, "chunk": chunk}
+    return act
+
+
+EXPLORE = {"stepnft": nft.explore, "ppo": one_noisy_step, "grpo": one_noisy_step,
+           "ppo-action": noisy_chunk}
+
+
 def elapsed_time(episode, chunks):
     """episode (rows,), in the order of time -> (rows,): chunks of this episode played before, over
     `chunks`, the limit."""
@@ -115,6 +129,25 @@ def log_prob(v, x_t, x_next, t_cur, t_next, sigma, mask):
     return (normal.log_prob(x_next) * mask[..., None]).sum((1, 2))
 
 
+def step_log_ratio(policy, part, ctx, args):
+    """log of the new over the old likelihood of each row's noisy step: (B,)."""
+    steps = nft.recorded_steps(policy, part, ctx)
+    _, _, v_theta, v_old = (steps.pop(name) for name in ("y", "x_0", "v_theta", "v_old"))
+    v_theta = credited(policy, v_theta, v_old)
+    return log_prob(v_theta, **steps) - log_prob(v_old, **steps)
+
+
+def chunk_log_ratio(policy, part, ctx, args):
+    """The same of the noisy chunk, N(x_0, noise_level^2): the ODE is differentiated from x_1 on."""
+    times = sde.time_grid(args.num_steps).to(part["x"].device)
+    x_t = part["x"][:, 0]
+    for t, t_next in zip(times, times[1:]):
+        x_t = x_t - (t - t_next) * policy.velocity(x_t, t.expand(len(x_t)), ctx)
+    new, old = (torch.distributions.Normal(x_0, args.noise_level).log_prob(part["chunk"])
+                for x_0 in (credited(policy, x_t, part["x"][:, -1]), part["x"][:, -1]))
+    return ((new - old) * part["mask"][..., None]).sum((1, 2))
+
+
 def advantages(policy, critic, batch, success, args):
     """How much better than expected each row's episode went, over all rows with std 1: (rows,).
 
@@ -137,7 +170,7 @@ def advantages(policy, critic, batch, success, args):
 
 
 def ppo_update(policy, critic, optimizer, batch, args, clip=0.2):
-    """The clipped objective on the one noisy step of each chunk -> mean info of all steps.
+    """The clipped objective on what was noisy in each chunk -> mean info of all steps.
 
     batch["y"] holds the advantages A. The critic's loss is half its mean squared error. Once a
     minibatch's kl = mean(ratio - 1 - log ratio) is above --target-kl, the policy rests: only the
@@ -148,11 +181,9 @@ def ppo_update(policy, critic, optimizer, batch, args, clip=0.2):
         for rows in ranks.minibatches(len(batch["y"]), args.minibatch):
             part = ranks.to_device(flow.take(batch, rows), args.device)
             ctx = policy.encode(part)
-            steps = nft.recorded_steps(policy, part, ctx)
-            A, v_theta, v_old, _ = (steps.pop(name) for name in ("y", "v_theta", "v_old", "x_0"))
-            v_theta = credited(policy, v_theta, v_old)
-            log_ratio = log_prob(v_theta, **steps) - log_prob(v_old, **steps)
-            ratio = log_ratio.exp()
+            log_ratio = (chunk_log_ratio if args.algo == "ppo-action" else step_log_ratio)(
+                policy, part, ctx, args)
+            A, ratio = part["y"], log_ratio.exp()
             # L = -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
             loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
             kl = (ratio - 1 - log_ratio).mean()
@@ -266,8 +297,9 @@ def parse_args(argv=None):
         help="offsets of objects and goals, or a camera (needs a Vulkan driver); and the hand")
     add("--sim", default="cpu", choices=["cpu", "gpu"], help="gpu: a scene for each episode of an "
         "iteration, demos on the CPU, nothing but states; not run on a GPU here")
-    add("--algo", default="stepnft", choices=["stepnft", "ppo", "grpo"],
-        help="the method; PPO with a critic; PPO's objective with the group's mean in its place")
+    add("--algo", default="stepnft", choices=list(EXPLORE),
+        help="the method; PPO with a critic; the group's mean in its place; PPO with its noise on "
+        "the executed actions")
     add("--target-kl", type=flags.positive_float, default=0.05,
         help="ppo, grpo: the policy rests once an update has moved it so far")
     add("--scenes", type=flags.positive_int, default=64, help="PixelGap: how many training has")
@@ -318,7 +350,7 @@ def main():
     ranks.average_gradients(policy)
     optimizer = torch.optim.Adam(policy.parameters(), lr=args.lr)
     parts, critic = {"policy": policy, "old": old, "optimizer": optimizer}, None
-    if args.algo == "ppo":
+    if args.algo.startswith("ppo"):
         torch.manual_seed(args.seed)
         parts["critic"] = critic = Critic(sft.context_dim).to(args.device)
         ranks.average_gradients(critic)
@@ -337,10 +369,9 @@ def main():
         print(f"iteration {i + 1}/{args.iterations}", flush=True)
         run.random_stream(args.seed, i)
         began = time.time()
-        # act: the old policy, with noise in every denoising step, or in one
-        explore = nft.explore if args.algo == "stepnft" else one_noisy_step
+        # act: the old policy, with the noise of this way to learn
         starts = episode_seeds("train", args.episodes // args.group_size, args.seed, i)
-        success, batch = world.play(explore(old, args.num_steps, args.noise_level),
+        success, batch = world.play(EXPLORE[args.algo](old, args.num_steps, args.noise_level),
                                     np.repeat(starts, args.group_size))
         played = time.time()
         optimizer.param_groups[0]["lr"] = args.lr * (1 - i / args.iterations)  # smaller steps late

@@ -37,9 +37,9 @@ from tools import flags  # noqa: E402  (the line above tells where)
 ROUNDS = ((100,), (101,), (102, 103))   # seeds of the tuning; reported ones are below 100
 
 
-def load(name):
-    """The program of a study, results/NAME/run.py, as a module."""
-    return importlib.import_module(f"results.{name}.run")
+def load(name, program="run"):
+    """The program of a study, results/NAME/run.py, or another beside it, as a module."""
+    return importlib.import_module(f"results.{name}.{program}")
 
 
 def text(value):

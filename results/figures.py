@@ -274,7 +274,7 @@ def method(data):
 def draw_phase(ax, rows, targets):
     """Success after RL against the noise, a line for each target with 95 % t-intervals over seeds,
     and the clone's; -> the summed-up rows."""
-    table = common.load("ablations").phase_table(rows)
+    table = common.load("ablations", "tables").phase_table(rows)
     for i, target in enumerate(targets):
         name, color, style = TARGETS[target]
         own = [row for row in table if row["target"] == target]

@@ -130,13 +130,13 @@ def ablation_table(rows):
     return [[row["figure"], f"`{row['variant']}`", row["lr"], plus_minus(row),
              "–" if np.isnan(row["gain"]) else points(row["low"], row["gain"], row["high"]),
              "–" if row["paper"] is None else f"{row['paper']:g}", row["verdict"] or "–"]
-            for row in common.load("ablations").summarise(rows)]
+            for row in common.load("ablations", "tables").summarise(rows)]
 
 
 def phase_table(rows):
     """Target x noise level: mean ± half of the 95 % interval; then next step minus each of the
     others, paired by seed, in points; then the settings that the tuning chose."""
-    table, cells = common.load("ablations").phase_table(rows), []
+    table, cells = common.load("ablations", "tables").phase_table(rows), []
     by_target = {target: [row for row in table if row["target"] == target]
                  for target in figures.TARGETS}
     names = {target: name for target, (name, *_) in figures.TARGETS.items()}

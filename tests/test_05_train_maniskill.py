@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from conftest import ROOT, one_clear_line, run_script, wrong_call
 from envs import maniskill, pixel_gap
@@ -61,17 +62,20 @@ def test_gae_is_the_sum_of_discounted_deltas_of_each_episode():
 
 def flags(**changes):
     """The flags that `ppo_update` looks at: whole batches, and no rest."""
-    given = dict(epochs=1, minibatch=40, target_kl=1e9, device="cpu")
+    given = dict(algo="ppo", epochs=1, minibatch=40, target_kl=1e9, device="cpu", num_steps=4,
+                 noise_level=0.3)
     return SimpleNamespace(**{**given, **changes})
 
 
-def flow_sde_batch(rows=40, K=4):
-    """A batch as `one_noisy_step` records it, from a policy on made-up observations."""
+def flow_sde_batch(rows=40, K=4, algo="ppo"):
+    """A batch as 05 records it, from a policy on made-up observations."""
     policy, obs = flow.FlowPolicy(3, 2, state_dim=5, width=16), {"state": torch.randn(rows, 5)}
     policy.action_scale.copy_(torch.tensor([0.5, 0.8]))
     with torch.no_grad():
-        actions, record = mani.one_noisy_step(policy, K, 0.3)(obs)
-    assert torch.equal(actions, policy.denormalise(record["x"][:, -1]))
+        explore = mani.noisy_chunk if algo == "ppo-action" else mani.one_noisy_step
+        actions, record = explore(policy, K, 0.3)(obs)
+    acted = record["chunk"] if algo == "ppo-action" else record["x"][:, -1]
+    assert torch.equal(actions, policy.denormalise(acted))
     return policy, {**obs, **record, "mask": torch.arange(3) < torch.randint(1, 4, (rows, 1)),
                     "y": torch.randn(rows), "returns": torch.rand(rows),
                     "elapsed": torch.rand(rows), "episode": torch.arange(rows)}
@@ -93,9 +97,26 @@ def test_flow_sde_has_noise_in_one_step_and_the_ode_elsewhere():
         assert batch["sigma"][b].tolist() == pytest.approx(wanted, abs=1e-6)
 
 
+def test_the_chunks_noise_is_on_the_executed_actions_alone():
+    policy, batch = flow_sde_batch(rows=300, algo="ppo-action")
+    torch.testing.assert_close(batch["x"], flow.ode_path(policy, batch, 4, batch["x"][:, 0]))
+    noise = (batch["chunk"] - batch["x"][:, -1]) / 0.3
+    assert stats.kstest(noise.flatten(), "norm").pvalue > 1e-3
+
+
 def log_density(policy, batch):
-    """log N of each row's noisy step over its executed actions, row by row, from the definition."""
+    """log N of what was noisy in each row over its executed actions, row by row, from the
+    definition: of the chunk, or of one step."""
     densities, dt = [], 0.25
+    if "chunk" in batch:
+        for b in range(len(batch["chunk"])):
+            x, ctx = batch["x"][b:b + 1, 0], policy.encode({"state": batch["state"][b:b + 1]})
+            for t in (1.0, 0.75, 0.5, 0.25):
+                x = x - dt * policy.velocity(x, torch.tensor([t]), ctx)
+            density = torch.distributions.Normal(x[0], torch.tensor(0.3)).log_prob(
+                batch["chunk"][b])
+            densities.append(density[batch["mask"][b]].sum())
+        return torch.stack(densities)
     for b, k in enumerate(batch["k"].tolist()):
         t, x_t, sigma = 1 - k / 4, batch["x"][b, k], sigma_of(k)
         obs = {"state": batch["state"][b:b + 1]}
@@ -116,28 +137,30 @@ def check_a_step_of_one(policy, reference, info, tolerance=1e-4):
     torch.testing.assert_close(vector(policy), wanted, rtol=1e-3, atol=tolerance)
 
 
-def test_the_first_ppo_step_is_the_policy_gradient():
+@pytest.mark.parametrize("algo", ["ppo", "ppo-action"])
+def test_the_first_ppo_step_is_the_policy_gradient(algo):
     """At ratio 1 the clipped objective's gradient is -E[A grad log pi]; one SGD step shows it."""
-    policy, batch = flow_sde_batch()
+    policy, batch = flow_sde_batch(algo=algo)
     reference = copy.deepcopy(policy)
     info = mani.ppo_update(policy, None, torch.optim.SGD(policy.parameters(), lr=1.0), batch,
-                           flags())
+                           flags(algo=algo))
     (batch["y"] * log_density(reference, batch)).mean().backward()
     assert max(p.grad.abs().max() for p in reference.parameters()) > 0.01
     check_a_step_of_one(policy, reference, info)
     assert info["approx_kl"] == pytest.approx(0, abs=1e-4) and info["clipped"] == 0
 
 
-def test_later_ppo_steps_are_the_gradient_of_the_clipped_objective():
+@pytest.mark.parametrize("algo", ["ppo", "ppo-action"])
+def test_later_ppo_steps_are_the_gradient_of_the_clipped_objective(algo):
     """From a policy that has moved: rows beyond the clip, on the side that pays, teach nothing."""
-    acted, batch = flow_sde_batch()
+    acted, batch = flow_sde_batch(algo=algo)
     policy = copy.deepcopy(acted)
     with torch.no_grad():
         for p in policy.parameters():
             p += 0.3 * torch.randn_like(p)
     reference = copy.deepcopy(policy)
     info = mani.ppo_update(policy, None, torch.optim.SGD(policy.parameters(), lr=1.0), batch,
-                           flags())
+                           flags(algo=algo))
     with torch.no_grad():
         before = log_density(acted, batch)
     ratio = (log_density(reference, batch) - before).exp()

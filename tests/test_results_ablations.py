@@ -1,4 +1,4 @@
-"""results/ablations/run.py: every variant's rollout, target and loss against slow scalar loops or
+"""results/ablations: every variant's rollout, target and loss against slow scalar loops or
 closed forms; the loop against 03's; the tables, the script. (The csv that resumes:
 test_results_common.)"""
 
@@ -22,7 +22,10 @@ from test_03_step_loss import Diary, Foreign, batch_of_steps, one_step, random_p
 flow = importlib.import_module("01_flow_policy")
 sde = importlib.import_module("02_sde_sampler")
 nft = importlib.import_module("03_step_loss")
-ablations, common = map(importlib.import_module, ("results.ablations.run", "results.common"))
+ablations, phase, robot, rollouts, tables, variants, common = map(importlib.import_module, (
+    "results.ablations.run", "results.ablations.phase", "results.ablations.robot",
+    "results.ablations.sde", "results.ablations.tables", "results.ablations.variants",
+    "results.common"))
 
 TIMES = [1, 0.75, 0.5, 0.25, 0]
 
@@ -63,15 +66,15 @@ def slow_variant(v_theta, v_old, x_t, target, t_cur, t_next, sigma, y, mask, wha
 
 
 CHOICES = [(what, form, corrected) for what in ("next", "next-mean", "endpoint")
-           for form in ablations.LOSSES for corrected in (True, False)]
+           for form in variants.LOSSES for corrected in (True, False)]
 
 
 @pytest.mark.parametrize("what, form, corrected", CHOICES)
 def test_a_variants_loss_is_the_slow_loop_and_its_gradient_the_slope(what, form, corrected):
     steps = batch_of_steps()
-    error = (ablations.ERRORS if corrected else ablations.UNCORRECTED)[what]
+    error = (variants.ERRORS if corrected else variants.UNCORRECTED)[what]
     v_theta, direction, h = steps["v_theta"].requires_grad_(), torch.randn(6, 3, 2).double(), 1e-5
-    value, info = ablations.LOSSES[form](**steps, error=error, beta=0.8, kl_weight=0)
+    value, info = variants.LOSSES[form](**steps, error=error, beta=0.8, kl_weight=0)
     value.backward()
     slow = [slow_variant(**{**steps, "v_theta": v_theta.detach() + s * h * direction}, what=what,
                          form=form, corrected=corrected, beta=0.8) for s in (0, 1, -1)]
@@ -87,19 +90,19 @@ def test_one_outcome_alone_is_the_ranking_loss_of_those_rows(form, sign):
     rows = sign * steps["y"] > 0
     alone = nft.step_nft_loss(**flow.take(steps, rows), kl_weight=0)[0]
     assert not rows.all()
-    torch.testing.assert_close(ablations.LOSSES[form](**steps, kl_weight=0)[0], alone)
+    torch.testing.assert_close(variants.LOSSES[form](**steps, kl_weight=0)[0], alone)
     nothing = {**flow.take(steps, ~rows), "v_theta": steps["v_theta"][~rows].requires_grad_()}
-    value, _ = ablations.LOSSES[form](**nothing, kl_weight=0)
+    value, _ = variants.LOSSES[form](**nothing, kl_weight=0)
     value.backward()
     assert value == 0 and not nothing["v_theta"].grad.any()
 
 
-@pytest.mark.parametrize("form", ablations.LOSSES)
+@pytest.mark.parametrize("form", variants.LOSSES)
 def test_every_loss_pulls_weakly_to_the_old_velocity(form):
     """What 1e-4 mean (v_theta - v_old)^2 adds, where every action counts."""
     steps = batch_of_steps()
     steps["mask"][:], steps["y"][:] = True, -1.0 if form == "negative" else 1.0
-    with_pull, without = (ablations.LOSSES[form](**steps, error=nft.step_error, **options)[0]
+    with_pull, without = (variants.LOSSES[form](**steps, error=nft.step_error, **options)[0]
                           for options in ({}, {"kl_weight": 0}))
     square = (steps["v_theta"] - steps["v_old"]).pow(2).mean()
     assert (with_pull - without).item() == pytest.approx(1e-4 * square.item(), rel=1e-6)
@@ -109,7 +112,7 @@ def test_every_loss_pulls_weakly_to_the_old_velocity(form):
 def test_weighted_mse_is_ranking_plus_a_separation_penalty(y):
     """r E_pos + (1 - r) E_neg = (|e|^2 + beta^2 |d|^2 - 2 y beta <d, e>) / var."""
     step, by = one_step(2, y)
-    value, _ = ablations.weighted_loss(**step, mask=torch.ones(1, 1), error=nft.step_error,
+    value, _ = variants.weighted_loss(**step, mask=torch.ones(1, 1), error=nft.step_error,
                                        beta=0.8, max_drift=9, kl_weight=0)
     expected = by.e.square() + 0.8**2 * by.d.square() - 2 * y * 0.8 * by.d * by.e
     torch.testing.assert_close(value, expected.sum() / (by.var + by.eps))
@@ -127,7 +130,7 @@ def test_weighted_is_twice_ranking_plus_a_constant_to_second_order(k):
     steps["y"] = torch.where(noise > 0.3, 1.0, -1.0).double()
 
     def part(form, delta, sign):
-        there, here, back = (ablations.LOSSES[form](
+        there, here, back = (variants.LOSSES[form](
             **{**steps, "v_theta": steps["v_old"] + shift}, mask=torch.ones(n, 1, dtype=bool),
             max_drift=9, error=nft.step_error, kl_weight=0)[0] for shift in (delta, 0, -delta))
         return (there + sign * back - (1 + sign) * here).item()
@@ -146,7 +149,7 @@ def test_weighted_is_twice_ranking_plus_a_constant_to_second_order(k):
 def test_the_next_steps_mean_is_what_the_velocity_to_the_endpoint_would_give(corrected):
     """No error for the velocity that leads to x_0; for another its own distance to that mean."""
     (step, by), x_0 = one_step(1), torch.randn(1, 1, 3).double()
-    error = (ablations.ERRORS if corrected else ablations.UNCORRECTED)["next-mean"]
+    error = (variants.ERRORS if corrected else variants.UNCORRECTED)["next-mean"]
     rest = step["x_t"], x_0, step["t_cur"], step["t_next"], step["sigma"]
     ideal = (step["x_t"] - x_0) / step["t_cur"]
     assert error(ideal, *rest).item() < 1e-20
@@ -160,20 +163,20 @@ def test_an_uncorrected_rollout_is_judged_by_the_uncorrected_mean():
     step, _ = one_step(1, drift=0.1)
     step["target"] = step["x_t"] - 0.25 * step["v_old"]
     margin, wrong = (nft.step_nft_loss(**step, error=errors["next"])[1]["margin"]
-                     for errors in (ablations.UNCORRECTED, ablations.ERRORS))
+                     for errors in (variants.UNCORRECTED, variants.ERRORS))
     assert abs(margin) < 1e-9 and abs(wrong) > 1e-3
 
 
-@pytest.mark.parametrize("what", ablations.ERRORS)
-@pytest.mark.parametrize("errors", [ablations.ERRORS, ablations.UNCORRECTED])
-@pytest.mark.parametrize("form", ablations.LOSSES)
+@pytest.mark.parametrize("what", variants.ERRORS)
+@pytest.mark.parametrize("errors", [variants.ERRORS, variants.UNCORRECTED])
+@pytest.mark.parametrize("form", variants.LOSSES)
 @pytest.mark.parametrize("drift", [0.0, 0.3])
 def test_gradients_are_finite(what, errors, form, drift):
     """At zero drift, and at t = 1 (k = 0) as everywhere."""
     for k in range(4):
         step, _ = one_step(k, drift=drift)
         step["v_theta"].requires_grad_()
-        value, _ = ablations.LOSSES[form](**step, mask=torch.ones(1, 1, dtype=bool),
+        value, _ = variants.LOSSES[form](**step, mask=torch.ones(1, 1, dtype=bool),
                                           error=errors[what])
         value.backward()
         assert value.isfinite() and step["v_theta"].grad.isfinite().all()
@@ -182,7 +185,7 @@ def test_gradients_are_finite(what, errors, form, drift):
 def test_centred_labels_lose_the_mean_over_episodes():
     """Not over rows: three of four episodes succeed, so 1 - 0.5 and -1 - 0.5."""
     episode = torch.tensor([0, 1, 2, 2, 2, 3])
-    y = ablations.centred(nft.labels([True, True, False, True], episode), episode)
+    y = variants.centred(nft.labels([True, True, False, True], episode), episode)
     assert y.tolist() == [0.5, 0.5, -1.5, -1.5, -1.5, 0.5]
 
 
@@ -206,7 +209,7 @@ def check_record(policy, world, batch, a):
 
 def test_an_uncorrected_rollout_records_noise_around_the_euler_step():
     policy, world = random_policy(), Diary()
-    _, batch = world.play(ablations.explore_uncorrected(policy, 4, 1.0), range(60))
+    _, batch = world.play(variants.explore_uncorrected(policy, 4, 1.0), range(60))
     check_record(policy, world, batch, 1.0)
     for k in range(4):
         euler = batch["x"][:, k] - 0.25 * batch["v"][:, k]
@@ -217,14 +220,14 @@ def test_an_uncorrected_rollout_records_noise_around_the_euler_step():
 
 def test_an_ode_rollout_noises_its_endpoint_afresh():
     policy, world = random_policy(), Diary()
-    _, batch = world.play(ablations.explore_ode(policy, 4, 0.3), range(60))
+    _, batch = world.play(variants.explore_ode(policy, 4, 0.3), range(60))
     check_record(policy, world, batch, 0.3)
     x_0 = batch["x"][:, 4]
     noise = [((batch["x"][:, k] - (1 - t) * x_0) / t).flatten() for k, t in enumerate(TIMES[:4])]
     assert all(stats.kstest(n, "norm").pvalue > 1e-3 for n in noise)
     assert np.abs(np.corrcoef(noise) - np.eye(4)).max() < 0.1
     plan = Scripted(lambda state: expert_plan(state, 4), 4)             # the ODE has no noise in it
-    _, batch = GapWorld().play(ablations.explore_ode(plan, 4, 0.3), range(9))
+    _, batch = GapWorld().play(variants.explore_ode(plan, 4, 0.3), range(9))
     np.testing.assert_allclose(batch["x"][:, 4], expert_plan(batch["state"].numpy(), 4), atol=1e-5)
 
 
@@ -238,7 +241,7 @@ FLAGS = ("--seeds", 1, "--iterations", 1, "--episodes", 8, "--lr", 1e-3, "--jobs
 
 def make_job(name, **changes):
     """A job as main makes it."""
-    return {"variant": name, **TINY, "noise_level": ablations.VARIANTS[name].get(
+    return {"variant": name, **TINY, "noise_level": variants.VARIANTS[name].get(
         "noise_level", 0.2), **changes}
 
 
@@ -254,9 +257,9 @@ def test_a_variant_that_03_has_flags_for_is_03s_train_toy(workplace, monkeypatch
     trained, update = [], nft.update
     monkeypatch.setattr(nft, "update", lambda policy, *rest, **options: (
         trained.append(policy), update(policy, *rest, **options))[1])
-    args = ablations.settings({"variant": name, **TINY, "noise_level": nft.parse_args(
+    args = variants.settings({"variant": name, **TINY, "noise_level": nft.parse_args(
         argv).noise_level})
-    assert ablations.train(args) == [before, after]
+    assert variants.score(variants.train(args), args) == [before, after]
     *_, policy, _, _ = nft.train_toy(nft.parse_args(argv))
     for mine, theirs in zip(trained[0].parameters(), policy.parameters()):
         assert torch.equal(mine, theirs)
@@ -264,9 +267,9 @@ def test_a_variant_that_03_has_flags_for_is_03s_train_toy(workplace, monkeypatch
 
 def test_every_variant_runs_and_no_two_are_the_same(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(ablations, "TEST_EPISODES", 8)
+    monkeypatch.setattr(variants, "TEST_EPISODES", 8)
     ends, ema_update = {}, nft.ema_update
-    for name in ablations.VARIANTS:
+    for name in variants.VARIANTS:
         job = make_job(name, iterations=3)
 
         def keep(old, new, decay):
@@ -276,7 +279,7 @@ def test_every_variant_runs_and_no_two_are_the_same(workplace, monkeypatch):
         monkeypatch.setattr(nft, "ema_update", keep)
         row = ablations.run(job)
         assert 0 <= float(row["after"]) <= 1 and ends[job["variant"]].isfinite().all()
-    names = list(ablations.VARIANTS)
+    names = list(variants.VARIANTS)
     assert list(ends) == names
     assert not [(a, b) for i, a in enumerate(names) for b in names[:i]
                 if torch.equal(ends[a], ends[b])]
@@ -287,7 +290,7 @@ def watch(name, monkeypatch, place=nft):
     seen, update = [], "update" if place is nft else "update_all_steps"
     monkeypatch.setattr(place, update, lambda policy, optimizer, batch, **options: seen.append(
         (batch, options)))
-    monkeypatch.setattr(ablations, "TEST_EPISODES", 2)
+    monkeypatch.setattr(variants, "TEST_EPISODES", 2)
     ablations.run(make_job(name, iterations=1, episodes=64))
     return seen[0]
 
@@ -302,18 +305,18 @@ def test_every_variant_reaches_its_place(workplace, monkeypatch):
     assert batch["k"].shape == batch["y"].shape and set(batch["y"].tolist()) <= {-1.0, 1.0}
     assert set(batch["k"].tolist()) == {0, 1, 2, 3}
     for name, target, error in (
-            ("target-next-mean", "endpoint", ablations.next_mean_error),
+            ("target-next-mean", "endpoint", variants.next_mean_error),
             ("target-endpoint", "endpoint", nft.endpoint_error),
             ("rollout-ode", "endpoint", nft.endpoint_error),
-            ("rollout-ode-mean", "endpoint", ablations.next_mean_error),
+            ("rollout-ode-mean", "endpoint", variants.next_mean_error),
             ("rollout-uncorrected", "endpoint", nft.endpoint_error),
-            ("rollout-uncorrected-mean", "endpoint", ablations.UNCORRECTED["next-mean"]),
-            ("rollout-uncorrected-next", "next", ablations.uncorrected_error)):
+            ("rollout-uncorrected-mean", "endpoint", variants.UNCORRECTED["next-mean"]),
+            ("rollout-uncorrected-next", "next", variants.uncorrected_error)):
         _, options = watch(name, monkeypatch)
         assert (options["target"], options["error"]) == (target, error), name
     for form in ("weighted", "positive", "negative"):
-        assert watch(f"loss-{form}", monkeypatch)[1]["loss"] is ablations.LOSSES[form]
-    assert watch("all-steps", monkeypatch, ablations)[1] == default
+        assert watch(f"loss-{form}", monkeypatch)[1]["loss"] is variants.LOSSES[form]
+    assert watch("all-steps", monkeypatch, variants)[1] == default
     for name, mean in (("labels-centred", 0.0), ("labels-grouped", 0.0)):
         batch, _ = watch(name, monkeypatch)
         each = torch.stack([batch["y"][batch["episode"] == e][0] for e in range(64)])
@@ -321,14 +324,14 @@ def test_every_variant_reaches_its_place(workplace, monkeypatch):
 
 
 def test_the_settings_of_the_study_are_the_papers_whatever_03s_defaults_are():
-    assert {name: ablations.BASE[name] for name in (
+    assert {name: variants.BASE[name] for name in (
         "target", "noise_level", "num_steps", "beta", "max_drift", "dpo_beta", "ema",
         "group_size")} == {
         "target": "next", "noise_level": 0.2, "num_steps": 4, "beta": 1.0, "max_drift": 0.5,
         "dpo_beta": 1.0, "ema": [0.1, 0.995], "group_size": 1}
-    args = ablations.settings({"variant": "default", "seed": 0, "lr": 1e-3, "iterations": 2,
+    args = variants.settings({"variant": "default", "seed": 0, "lr": 1e-3, "iterations": 2,
                                "episodes": 16})
-    assert vars(args) == {**ablations.BASE, "variant": "default", "seed": 0, "lr": 1e-3,
+    assert vars(args) == {**variants.BASE, "variant": "default", "seed": 0, "lr": 1e-3,
                           "iterations": 2, "episodes": 16}
 
 
@@ -339,7 +342,7 @@ def test_all_steps_of_a_row_are_03s_recorded_steps_at_each_k():
     rows, y = len(batch["x"]), nft.labels(success, batch["episode"])
     each = [nft.recorded_steps(policy, {**batch, "y": y, "k": torch.full((rows,), k)},
                                policy.encode(batch)) for k in range(4)]
-    found = ablations.all_steps(policy, {**batch, "y": y})
+    found = variants.all_steps(policy, {**batch, "y": y})
     assert found.keys() == each[0].keys()
     for name, values in found.items():
         assert len(values) == 4 * rows
@@ -363,7 +366,7 @@ def test_an_update_on_all_steps_takes_the_mean_over_rows_and_steps():
         return info, torch.cat([(new - old).flatten() for new, old in zip(
             policy.parameters(), start.parameters())])
 
-    info, together = moved(ablations.update_all_steps)
+    info, together = moved(variants.update_all_steps)
     alone = [moved(nft.update, k=torch.full((len(y),), k)) for k in range(4)]
     torch.testing.assert_close(together, torch.stack([step for _, step in alone]).mean(0),
                                rtol=1e-3, atol=1e-7)
@@ -371,12 +374,12 @@ def test_an_update_on_all_steps_takes_the_mean_over_rows_and_steps():
         assert info[name] == pytest.approx(np.mean([one[name] for one, _ in alone]), abs=1e-5)
 
 
-@pytest.mark.parametrize("update", [nft.update, ablations.update_all_steps])
+@pytest.mark.parametrize("update", [nft.update, variants.update_all_steps])
 @pytest.mark.parametrize("name", ["rollout-uncorrected", "rollout-ode"])
 def test_a_rollout_feeds_update_with_a_foreign_policy(name, update):
     """Nothing but the contract of a policy is used, and its context is handed on as it is."""
-    policy, choice = Foreign(3), ablations.VARIANTS[name]
-    act = ablations.ROLLOUTS[choice["rollout"]](policy, 4, 0.2)
+    policy, choice = Foreign(3), variants.VARIANTS[name]
+    act = variants.ROLLOUTS[choice["rollout"]](policy, 4, 0.2)
     success, batch = GapWorld().play(act, range(8))
     batch.update(k=torch.randint(4, (len(batch["x"]),)), y=nft.labels(success, batch["episode"]))
     before = [p.clone() for p in policy.parameters()]
@@ -401,7 +404,7 @@ def rows_for(values, lr="0.001"):
 def test_the_intervals_are_scipys_and_gains_are_paired_by_seed(seeds):
     rng = np.random.default_rng(seeds)
     first, other = rng.random((2, seeds))
-    row, = [row for row in ablations.summarise(rows_for({"default": first, "beta-5": other}))
+    row, = [row for row in tables.summarise(rows_for({"default": first, "beta-5": other}))
             if row["variant"] == "beta-5"]
     assert (row["figure"], row["paper"], row["seeds"]) == ("beta", 0.79, seeds)
     assert row["sft"] == pytest.approx((seeds - 1) / 20)
@@ -419,20 +422,20 @@ def test_a_verdict_compares_the_interval_with_the_sign_of_the_papers_difference(
     base, noise = np.array([0.5, 0.6, 0.7]), np.array([-0.01, 0.0, 0.01])
     rows = rows_for({"default": base, "beta-5": base + noise + gain,
                      "beta-0.1": base + noise - gain})
-    found = {row["variant"]: row["verdict"] for row in ablations.summarise(rows)}
+    found = {row["variant"]: row["verdict"] for row in tables.summarise(rows)}
     assert found == {"default": "", "beta-5": verdict, "beta-0.1": verdict}
 
 
 def test_one_seed_has_no_interval_and_no_first_variant_no_gain(capsys):
-    ablations.show(ablations.summarise(rows_for({"beta-5": [0.8]})))
+    tables.show(tables.summarise(rows_for({"beta-5": [0.8]})))
     assert capsys.readouterr().out.splitlines()[1].split() == (
         ["beta", "beta-5", "0.001", "1", "0.000", "0.800", "-", "-", "-", "-", "0.790"])
 
 
 def test_every_variant_stands_in_a_figure_and_a_paper_value_of_zero_is_shown(capsys):
-    assert {name for variants in ablations.FIGURES.values() for name in variants} == set(
-        ablations.VARIANTS)
-    ablations.show(ablations.summarise(rows_for(dict.fromkeys(ablations.VARIANTS, [0.0]))))
+    assert {name for variants in tables.FIGURES.values() for name in variants} == set(
+        variants.VARIANTS)
+    tables.show(tables.summarise(rows_for(dict.fromkeys(variants.VARIANTS, [0.0]))))
     line, = [text for text in capsys.readouterr().out.splitlines()
              if text.split()[:2] == ["target", "target-endpoint"]]
     assert line.split()[-1] == "0.000"
@@ -441,12 +444,12 @@ def test_every_variant_stands_in_a_figure_and_a_paper_value_of_zero_is_shown(cap
 def test_the_phase_table_pairs_the_next_step_with_every_other_target():
     rng, rows, values = np.random.default_rng(0), [], {}
     for noise in ("0.1", "0.5"):
-        for target in ablations.TARGETS:
+        for target in variants.ERRORS:
             values[noise, target] = rng.random(4)
             rows += [{"noise_level": noise, "target": target, "ema": "0.9 0.9", "lr": "0.001",
                       "seed": str(s), "sft": "0.5", "after": str(value)}
                      for s, value in enumerate(values[noise, target])]
-    table = ablations.phase_table(rows)
+    table = tables.phase_table(rows)
     assert [(row["noise_level"], row["target"]) for row in table] == list(values)
     for row in table:
         own, base = (values[row["noise_level"], t] for t in (row["target"], "next"))
@@ -462,10 +465,10 @@ def test_the_phase_table_pairs_the_next_step_with_every_other_target():
 # The script
 
 
-def main_in(folder, monkeypatch, *flags):
+def main_in(folder, monkeypatch, *flags, program=ablations):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["results/ablations/run.py", *map(str, flags)])
-    ablations.main()
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, flags)])
+    program.main()
 
 
 def test_the_script_in_parallel_with_a_subset_by_name(workplace):
@@ -481,7 +484,8 @@ def test_the_script_in_parallel_with_a_subset_by_name(workplace):
 @pytest.fixture
 def no_training(monkeypatch):
     """`train` replaced: success is the seed / 100 + how near lr is to 3e-4; and no SFT."""
-    monkeypatch.setattr(ablations, "train", lambda args: [0.5, args.seed / 1e3 + 1e-2 * (
+    monkeypatch.setattr(variants, "train", lambda args: None)
+    monkeypatch.setattr(variants, "score", lambda _, args: [0.5, args.seed / 1e3 + 1e-2 * (
         args.lr == 3e-4) + 1e-3 * (args.ema == [0.9, 0.9])])
     monkeypatch.setattr(flow, "toy_policy", lambda seed: None)
 
@@ -501,19 +505,18 @@ def test_variants_are_tuned_on_other_seeds_and_played_with_what_was_best(no_trai
 def test_the_verdicts_hold_every_difference_of_the_folder(no_training, tmp_path, monkeypatch):
     main_in(tmp_path, monkeypatch, "default", "beta-5", "--seeds", 2, "--lr", 1e-3, "--jobs", 1,
             "--out", "out")
-    main_in(tmp_path, monkeypatch, "--phase", "--targets", "next", "endpoint",
-            "--noise-levels", 0.3, "--ema", "0.9 0.9", "--lr", 1e-3, "--seeds", 2, "--jobs", 1,
-            "--out", "out")
+    main_in(tmp_path, monkeypatch, "--targets", "next", "endpoint", "--noise-levels", 0.3, "--ema",
+            "0.9 0.9", "--lr", 1e-3, "--seeds", 2, "--jobs", 1, "--out", "out", program=phase)
     assert [(row["comparison"], row["seeds"], float(row["mean"])) for row in common.read(
         tmp_path / "out/verdicts.csv")] == [("phase: next - endpoint, noise 0.3", "2", 0.0),
                                             ("beta: beta-5 - default", "2", 0.0)]
 
 
 def test_the_phase_tunes_every_target_in_every_width(no_training, tmp_path, monkeypatch, capsys):
-    main_in(tmp_path, monkeypatch, "--phase", "--seeds", 2, "--out", "out", "--jobs", 1)
+    main_in(tmp_path, monkeypatch, "--seeds", 2, "--out", "out", "--jobs", 1, program=phase)
     tuned, rows = (common.read(tmp_path / "out" / f"phase{end}.csv") for end in ("_tuning", ""))
     compared = {(target, f"{noise:g}") for target in ("next", "next-mean", "endpoint")
-                for noise in ablations.NOISE_LEVELS}
+                for noise in phase.NOISE_LEVELS}
     assert {(row["target"], row["noise_level"]) for row in rows} == compared
     assert len(rows) == 36
     assert {(row["lr"], row["ema"]) for row in rows} == {("0.0003", "0.9 0.9")}
@@ -522,16 +525,17 @@ def test_the_phase_tunes_every_target_in_every_width(no_training, tmp_path, monk
     assert set(wanted) <= set(rows[0])
 
 
-@pytest.mark.parametrize("flags", ["noise-0.3", "--phase --targets endpoint --ema '0.9 0.9'"])
-def test_the_command_in_a_row_makes_that_row(no_training, tmp_path, monkeypatch, flags):
+@pytest.mark.parametrize("program, flags", [
+    (ablations, "noise-0.3"), (phase, "--targets endpoint --ema '0.9 0.9' --noise-levels 0.3")])
+def test_the_command_in_a_row_makes_that_row(no_training, tmp_path, monkeypatch, program, flags):
     flags = [*shlex.split(flags), "--lr", 7e-4, "--iterations", 1, "--episodes", 8, "--jobs", 1]
     main_in(tmp_path, monkeypatch, *flags, "--seeds", 1, "--first-seed", 5, "--out", "a",
-            *(["--noise-levels", 0.3] if "--phase" in flags else []))
-    name = "phase" if "--phase" in flags else "ablations"
+            program=program)
+    name = "phase" if program is phase else "ablations"
     row, = common.read(tmp_path / "a" / f"{name}.csv")
     command = shlex.split(row["command"])
-    assert command[0] == "results/ablations/run.py"
-    main_in(tmp_path, monkeypatch, *command[1:], "--out", "b")
+    assert command[0] == f"{program.__name__.replace('.', '/')}.py"
+    main_in(tmp_path, monkeypatch, *command[1:], "--out", "b", program=program)
     again, = common.read(tmp_path / "b" / f"{name}.csv")
     assert {**again, "seconds": 0} == {**row, "seconds": 0}
 
@@ -542,7 +546,7 @@ def test_a_row_of_the_phase_is_what_03_prints_with_these_flags(workplace, monkey
            "ema": "0.9 0.995", "lr": 3e-4, "seed": 0}
     told = run_script("03_step_loss.py", "--target", "endpoint", "--noise-level", 0.5, "--ema", 0.9,
                       0.995, "--lr", 3e-4, "--iterations", 2, "--episodes", 16, cwd=workplace)
-    row = ablations.run(job)
+    row = phase.run(job)
     assert f"sft={row['sft']:.3f} stepnft={row['after']:.3f}" in told.stdout
 
 
@@ -554,7 +558,7 @@ def test_a_run_on_the_robot_is_05_from_the_seeds_own_clone(tmp_path, monkeypatch
         Path("runs/phase_robot/seed2").mkdir(parents=True, exist_ok=True),
         Path("runs/phase_robot/seed2/sft.pt").touch()), "x\nRESULT sft=0.4 stepnft=0.6 y=1")[-1])
     for target in ("next", "endpoint"):
-        row = ablations.run_robot({"target": target, "noise_level": 0.8, "ema": "0.1 0.5",
+        row = robot.run({"target": target, "noise_level": 0.8, "ema": "0.1 0.5",
                                    "lr": 3e-4, "seed": 2})
         assert (row["sft"], row["after"]) == ("0.4", "0.6")
     maniskill = importlib.import_module("05_train_maniskill")
@@ -572,7 +576,7 @@ def test_a_run_on_the_robot_is_05_from_the_seeds_own_clone(tmp_path, monkeypatch
 def test_the_list_has_every_name_and_the_papers_numbers(tmp_path, monkeypatch, capsys):
     main_in(tmp_path, monkeypatch, "--list")
     told = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert {line[-2] for line in told} == set(ablations.VARIANTS) and not list(tmp_path.iterdir())
+    assert {line[-2] for line in told} == set(variants.VARIANTS) and not list(tmp_path.iterdir())
     assert ["loss", "loss-weighted", "0.91"] in told and ["EMA", "ema-0.9", "-"] in told
 
 
@@ -580,13 +584,14 @@ def test_the_list_has_every_name_and_the_papers_numbers(tmp_path, monkeypatch, c
     ("target-endpiont", "target-endpoint"), ("--seeds 0", "--seeds"), ("--jobs 0", "--jobs"),
     ("--lr nan", "--lr"), ("--first-seed -1", "--first-seed"), ("--iterations 0", "--iterations"),
     ("labels-grouped --episodes 12", "--episodes"), ("--noise-level 0", "--noise-level"),
-    ("--first-seed 95", "--seeds"), ("--phase --targets x_0", "--targets"),
-    ("--phase --ema 0.5", "--ema"), ("--out a_file", "--out")])
+    ("--first-seed 95", "--seeds"), ("--targets x_0", "--targets"), ("--ema 0.5", "--ema"),
+    ("--out a_file", "--out")])
 def test_a_call_that_cannot_work_is_told_in_one_line_and_leaves_nothing(tmp_path, monkeypatch,
                                                                        capsys, flags, named):
     (tmp_path / "a_file").write_text("not a folder")
     with pytest.raises(SystemExit) as stopped:
-        main_in(tmp_path, monkeypatch, *flags.split())
+        main_in(tmp_path, monkeypatch, *flags.split(),
+                program=phase if "targets" in flags or "ema" in flags else ablations)
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == "" and len(err.strip().splitlines()) == 1
     assert named in err and [p.name for p in tmp_path.iterdir()] == ["a_file"]

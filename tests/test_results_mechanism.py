@@ -87,7 +87,7 @@ def test_the_pull_goes_with_the_label_and_crosses_at_half(workplace, monkeypatch
 
 def test_the_script_writes_a_row_for_each_seed_width_step_and_target(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(mechanism.ablations, "NOISE_LEVELS", (0.1, 0.5))
+    monkeypatch.setattr(mechanism.phase, "NOISE_LEVELS", (0.1, 0.5))
     monkeypatch.setattr(sys, "argv", ["mechanism.py", "--seeds", "1", "--starts", "4", "--out",
                                       "out"])
     mechanism.main()

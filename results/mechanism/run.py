@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-flow, sde, nft, ablations = map(importlib.import_module, (
-    "01_flow_policy", "02_sde_sampler", "03_step_loss", "results.ablations.run"))
+flow, sde, nft, phase = map(importlib.import_module, (
+    "01_flow_policy", "02_sde_sampler", "03_step_loss", "results.ablations.phase"))
 from envs import gap_world  # noqa: E402  (the lines above tell where)
 from tools import flags  # noqa: E402
 from tools.log import log_row  # noqa: E402
@@ -123,7 +123,7 @@ def main():
     for seed in tqdm(range(args.seeds), desc="clones", disable=None):
         policy = flow.toy_policy(seed)
         torch.manual_seed(seed)
-        for noise_level in ablations.NOISE_LEVELS:
+        for noise_level in phase.NOISE_LEVELS:
             path, ctx = sde.sde_sample(policy, obs, K, noise_level)[1], policy.encode(obs)
             failures, pulls = pull(policy, noise_level, starts)
             for k in range(K):

@@ -41,7 +41,7 @@ from tools import flags  # noqa: E402
 from tools.log import log_row  # noqa: E402
 from tools.run import random_stream  # noqa: E402
 
-ALGOS = ("stepnft", "ppo", "grpo")
+ALGOS = ("stepnft", "ppo", "grpo", "ppo-action")
 CONDITIONS = dict(zip(("id", "textures", "gaps", "both", "starts"),
                       (changes for _, _, changes in pixel_gap.VARIANTS)))
 OOD = ("textures", "gaps", "both")     # their mean is what "out of distribution" means below
@@ -52,12 +52,13 @@ CLONES = "runs/pixel_gap"              # shared by all methods of a seed
 
 def grid(algo):
     """Twelve settings: learning rate, noise (wider where one step of a chunk has it than where all
-    have) and what holds the method back."""
+    have; on the action itself it is a standard deviation) and what holds the method back."""
     if algo == "stepnft":
         widths, stops = (0.2, 0.5), [{"ema": "0.1 0.5", "target_kl": ""},
                                      {"ema": "0.1 0.995", "target_kl": ""}]
     else:
-        widths, stops = (0.5, 1.0), [{"ema": "", "target_kl": 0.02}, {"ema": "", "target_kl": 0.1}]
+        widths = (0.1, 0.3) if algo == "ppo-action" else (0.5, 1.0)
+        stops = [{"ema": "", "target_kl": 0.02}, {"ema": "", "target_kl": 0.1}]
     return [{"lr": lr, "noise_level": noise, **stop} for lr in (1e-4, 3e-4, 1e-3)
             for noise in widths for stop in stops]
 
@@ -86,9 +87,8 @@ def flags_of(job):
 
 
 def explorer(args, policy):
-    """How 05 plays while it trains, as an `act`: noise in every denoising step, or in one."""
-    explore = nft.explore if args.algo == "stepnft" else compare.one_noisy_step
-    return explore(policy, args.num_steps, args.noise_level)
+    """How 05 plays while it trains, as an `act`."""
+    return compare.EXPLORE[args.algo](policy, args.num_steps, args.noise_level)
 
 
 def train(args, sft, world, measure):
@@ -99,7 +99,7 @@ def train(args, sft, world, measure):
     """
     policy, old = copy.deepcopy(sft), copy.deepcopy(sft)  # policy learns, old acts
     optimizer, critic = torch.optim.Adam(policy.parameters(), lr=args.lr), None
-    if args.algo == "ppo":
+    if args.algo.startswith("ppo"):
         torch.manual_seed(args.seed)
         critic = compare.Critic(sft.context_dim)
         optimizer.add_param_group({"params": critic.parameters(), "lr": critic.lr})
@@ -229,7 +229,8 @@ def verdicts(rows):
                 "OOD at the end": ahead(OOD), "in-distribution at the end": ahead(["id"]),
                 "starts farther out at the end": ahead(["starts"])}
     for scenes in dict.fromkeys(row["scenes"] for row in rows):
-        for a, b in (("stepnft", "ppo"), ("grpo", "ppo"), ("stepnft", "grpo")):
+        for a, b in (("stepnft", "ppo"), ("grpo", "ppo"), ("stepnft", "grpo"),
+                     ("ppo-action", "ppo"), ("ppo-action", "stepnft")):
             seeds = [s for algo, n, s in runs if (algo, n) == (a, scenes) and (b, n, s) in runs]
             for measure, difference in measures.items() if len(seeds) > 1 else ():
                 points = [100 * difference(runs[a, scenes, s], runs[b, scenes, s]) for s in seeds]
@@ -350,7 +351,7 @@ def main():
             for seed in range(args.seeds) for algo in ALGOS]
     common.collect(jobs, run, args.out / "main.csv", args.jobs)
     dose_jobs = [{**job, "scenes": scenes} for seed, scenes in doses for job in jobs
-                 if job["seed"] == seed and job["algo"] != "stepnft"]
+                 if job["seed"] == seed and job["algo"] in ("ppo", "grpo")]
     common.collect(dose_jobs, run, args.out / "dose.csv", args.jobs)
     rows = common.rows_of(jobs, args.out / "main.csv")
     found = verdicts(rows + (common.rows_of(dose_jobs, args.out / "dose.csv") if doses else []))
