@@ -369,9 +369,10 @@ def main():
         print(f"iteration {i + 1}/{args.iterations}", flush=True)
         run.random_stream(args.seed, i)
         began = time.time()
-        # act: the old policy, with the noise of this way to learn
+        # act: the old policy, with the noise that this way to learn needs
+        explore = EXPLORE[args.algo]
         starts = episode_seeds("train", args.episodes // args.group_size, args.seed, i)
-        success, batch = world.play(EXPLORE[args.algo](old, args.num_steps, args.noise_level),
+        success, batch = world.play(explore(old, args.num_steps, args.noise_level),
                                     np.repeat(starts, args.group_size))
         played = time.time()
         optimizer.param_groups[0]["lr"] = args.lr * (1 - i / args.iterations)  # smaller steps late

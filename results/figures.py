@@ -47,8 +47,10 @@ STYLE = {"figure.facecolor": CARD, "axes.facecolor": CARD, "savefig.dpi": 160,
          "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": INK,
          "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
          "figure.constrained_layout.use": True, "mathtext.default": "regular"}
-NAMES = {"pi-StepNFT": "π-StepNFT", "stepnft": "π-StepNFT", "ppo": "PPO", "grpo": "GRPO"}
-POLICY_COLORS = {"SFT": GREY, "PPO": ORANGE, "GRPO": PURPLE, "π-StepNFT": BLUE}
+NAMES = {"pi-StepNFT": "π-StepNFT", "stepnft": "π-StepNFT", "ppo": "PPO", "grpo": "GRPO",
+         "ppo-action": "PPO, action noise"}
+POLICY_COLORS = {"SFT": GREY, "PPO": ORANGE, "GRPO": PURPLE, "π-StepNFT": BLUE,
+                 "PPO, action noise": GREEN}
 POLICY_HATCHES = {"SFT": "//", "PPO": "..", "GRPO": "xx"}
 TARGETS = {"next": ("next step", BLUE, "o-"), "endpoint": ("endpoint", ORANGE, "s--"),
            "next-mean": ("next step's mean", PURPLE, "^:")}

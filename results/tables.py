@@ -204,8 +204,8 @@ def over_seeds(folder):
 
 def gap_verdicts(rows):
     """verdicts.csv of PixelGap: success differences in points, explained variance as it is."""
-    return [[row["comparison"].replace("stepnft", "π-StepNFT").replace("ppo", "PPO").replace(
-        "grpo", "GRPO"), row["measure"], row["scenes"], row["seeds"],
+    return [[row["comparison"].replace("stepnft", "π-StepNFT").replace(
+        "ppo-action", "PPO, action noise").replace("ppo", "PPO").replace("grpo", "GRPO"), row["measure"], row["scenes"], row["seeds"],
         "{:+.{n}f} [{:+.{n}f},&nbsp;{:+.{n}f}]".format(
             *(float(row[name]) for name in ("mean", "low", "high")),
             n=2 if "critic" in row["comparison"] else 1), row["verdict"] or "–"] for row in rows]
@@ -216,8 +216,9 @@ def gap_table(rows):
     iterations = {int(row["iteration"]) for row in rows}
     start, end = min(iterations), max(iterations)
     cells = []
-    for name, algo, when in (("SFT", "stepnft", start), *((figures.NAMES[a], a, end) for a in (
-            "stepnft", "ppo", "grpo"))):
+    algos = dict.fromkeys(row["algo"] for row in rows)
+    for name, algo, when in (("SFT", "stepnft", start),
+                             *((figures.NAMES[algo], algo, end) for algo in algos)):
         own = [row for row in rows if row["algo"] == algo and int(row["iteration"]) == when]
         shown = [[float(row[c]) for row in own] for c in ("id", "textures", "gaps", "both",
                                                           "starts")]

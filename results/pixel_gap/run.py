@@ -280,7 +280,7 @@ def draw(rows, path):
                    if (name, scenes) == (algo, str(SCENES))]
             name = figures.NAMES[algo]
             style = {"color": figures.POLICY_COLORS[name], "label": name,
-                     "ls": dict(zip(ALGOS, ("-", "--", ":")))[algo]}
+                     "ls": dict(zip(ALGOS, ("-", "--", ":", "-.")))[algo]}
             x = sorted({int(row["iteration"]) for row in own[0]})
             means = {}
             for ax, what, columns in ((axes[0], "id", ["id"]), (axes[1], "OOD", OOD)):
