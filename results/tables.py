@@ -204,11 +204,20 @@ def over_seeds(folder):
 
 def gap_verdicts(rows):
     """verdicts.csv of PixelGap: success differences in points, explained variance as it is."""
-    return [[row["comparison"].replace("stepnft", "π-StepNFT").replace(
-        "ppo-action", "PPO, action noise").replace("ppo", "PPO").replace("grpo", "GRPO"), row["measure"], row["scenes"], row["seeds"],
-        "{:+.{n}f} [{:+.{n}f},&nbsp;{:+.{n}f}]".format(
+    names = {"stepnft": "π-StepNFT", "ppo-action": "PPO, action noise", "ppo": "PPO",
+             "grpo": "GRPO"}
+
+    def shown(row):
+        comparison = row["comparison"]
+        for algo, name in names.items():
+            comparison = comparison.replace(algo, name)
+        difference = "{:+.{n}f} [{:+.{n}f},&nbsp;{:+.{n}f}]".format(
             *(float(row[name]) for name in ("mean", "low", "high")),
-            n=2 if "critic" in row["comparison"] else 1), row["verdict"] or "–"] for row in rows]
+            n=2 if "critic" in comparison else 1)
+        return [comparison, row["measure"], row["scenes"], row["seeds"], difference,
+                row["verdict"] or "–"]
+
+    return [shown(row) for row in rows]
 
 
 def gap_table(rows):

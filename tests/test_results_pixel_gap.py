@@ -96,8 +96,8 @@ def test_the_critic_overfits_if_it_explains_less_elsewhere(lost, verdict):
 # A run
 
 
-def test_explained_variance_of_a_critic_that_knows_everything_the_mean_and_nothing(monkeypatch):
-    args = compare.parse_args(["--task", "PixelGap", "--out", "unused"])
+def test_explained_variance_of_a_critic_that_knows_everything_the_mean_and_nothing(tmp_path):
+    args = compare.parse_args(["--task", "PixelGap", "--out", str(tmp_path / "run")])
     episode, success = torch.tensor([0, 1, 0, 1, 0]), np.array([True, False])
     returns = torch.tensor([0.99**2, 0, 0.99, 0, 1])       # a reward of 1 in the last chunk
 
@@ -136,7 +136,8 @@ def test_every_setting_of_the_grid_is_flags_that_05_takes(algo, tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--ema 0.1 0.5", "--algo ppo --target-kl 0.1",
-                                   "--algo grpo --target-kl 0.1"])
+                                   "--algo grpo --target-kl 0.1",
+                                   "--algo ppo-action --noise-level 0.1"])
 def test_its_loop_is_that_of_05(flags, tmp_path, monkeypatch, capsys):
     """From one clone, with the same flags, to the last bit: the policy that 05 saves, and the
     success that it validates."""
@@ -181,13 +182,13 @@ def test_the_study_tiny_and_again(tmp_path, monkeypatch, capsys):
     told = study_in(tmp_path, monkeypatch, capsys)
     files = {name: common.read(tmp_path / "out" / f"{name}.csv") for name in (
         "tuning", "main", "dose", "verdicts")}
-    assert len(files["tuning"]) == 3 * (12 + 6) and {r["seed"] for r in files["tuning"]} == {
+    assert len(files["tuning"]) == 4 * (12 + 6) and {r["seed"] for r in files["tuning"]} == {
         "100", "101"}
-    assert len(files["main"]) == 3 * 2 * 2 and len(files["dose"]) == 2 * 2 * 2
+    assert len(files["main"]) == 4 * 2 * 2 and len(files["dose"]) == 2 * 2 * 2
     for row in files["main"]:
         for name in ("id", "textures", "gaps", "both", "starts"):
             assert 0 <= float(row[name]) <= 1
-        watched = row["algo"] == "ppo" and row["iteration"] == "1"
+        watched = row["algo"].startswith("ppo") and row["iteration"] == "1"
         assert bool(row["critic_fresh"]) == bool(row["critic_trained"]) == watched
     for algo in pixel_gap.ALGOS:  # the setting with the best mean of the two that played on
         tuned = [row for row in files["tuning"] if row["algo"] == algo]
@@ -204,7 +205,8 @@ def test_the_study_tiny_and_again(tmp_path, monkeypatch, capsys):
             starts.setdefault(row["seed"], set()).add(tuple(row[c] for c in pixel_gap.CONDITIONS))
     assert len(starts) == 2 and all(len(same) == 1 for same in starts.values())
     assert {row["comparison"] for row in files["verdicts"]} == {
-        "stepnft - ppo", "grpo - ppo", "stepnft - grpo", "critic of ppo"}
-    assert "RESULT runs=10" in told and (tmp_path / "out/pixel_gap.png").stat().st_size > 1e4
+        "stepnft - ppo", "grpo - ppo", "stepnft - grpo", "ppo-action - ppo",
+        "ppo-action - stepnft", "critic of ppo"}
+    assert "RESULT runs=12" in told and (tmp_path / "out/pixel_gap.png").stat().st_size > 1e4
     monkeypatch.setattr(pixel_gap, "run", None)                           # all of it is there
-    assert "RESULT runs=10" in study_in(tmp_path, monkeypatch, capsys)
+    assert "RESULT runs=12" in study_in(tmp_path, monkeypatch, capsys)
