@@ -20,8 +20,8 @@ from envs.pixel_gap import PIXELS, UNSEEN, UNSEEN_FROM, PixelGap, texture
 from envs.workers import tokens
 
 COLORS = {"red": (230, 0, 0), "green": (0, 150, 0), "blue": (30, 60, 255), "yellow": (255, 220, 0),
-          "purple": (160, 0, 200), "black": (0, 0, 0)}
-UNSEEN_PAIRS = [("red", "green"), ("blue", "yellow"), ("purple", "black")]
+          "purple": (160, 0, 200), "orange": (255, 130, 0)}
+UNSEEN_PAIRS = [("red", "green"), ("blue", "yellow"), ("purple", "orange")]
 SEEN_PAIRS = [pair for pair in itertools.combinations(COLORS, 2) if pair not in UNSEEN_PAIRS]
 SENTENCES = {"seen": "go through the {} gap", "words": "take the {} opening",
              "order": "the {} gap is where to go through"}
@@ -41,6 +41,12 @@ def gap_of(u, gaps):
     if gaps == "unseen":
         return 0.25 + 0.1 * u
     return 0.15 + 0.2 * u + (0.1 if u > 0.5 else 0)
+
+
+@functools.cache
+def grey(number):
+    """PixelGap's texture without its colours, (16, 16, 3): the gaps' are the only ones."""
+    return texture(number).mean(-1, keepdims=True).repeat(3, -1)
 
 
 def picture(background, gaps, half):
@@ -94,7 +100,7 @@ class TwoGaps(PixelGap):
             if changes["third"]:  # above or below both, of a colour that neither has
                 third = [name for name in COLORS if name not in names][other % 4]
                 gaps.append(((0.75, -0.75)[other % 2], COLORS[third]))
-            images.append(picture(texture(background), gaps, self.gap + self.radius))
+            images.append(picture(grey(background), gaps, self.gap + self.radius))
             words.append(tokens(SENTENCES[changes["sentence"]].format(names[named])))
             heights.append(np.sign(y) * (low + (high - low) * abs(y)))
             gap_y.append(centres[named])

@@ -20,6 +20,7 @@ Saves:   results/pixel_gap/{tuning.csv, main.csv, dose.csv, verdicts.csv, pixel_
 
 import contextlib
 import copy
+import functools
 import importlib
 import io
 import sys
@@ -91,7 +92,7 @@ def explorer(args, policy):
     return compare.EXPLORE[args.algo](policy, args.num_steps, args.noise_level)
 
 
-def train(args, sft, world, measure):
+def train(args, sft, world, measure, make_critic=compare.Critic):
     """The loop of 05's `main`, with a measurement in place of its log -> the trained policy.
 
     measure(iteration, policy, critic, batch, success) is called for the clone, every --eval-every
@@ -101,7 +102,7 @@ def train(args, sft, world, measure):
     optimizer, critic = torch.optim.Adam(policy.parameters(), lr=args.lr), None
     if args.algo.startswith("ppo"):
         torch.manual_seed(args.seed)
-        critic = compare.Critic(sft.context_dim)
+        critic = make_critic(sft.context_dim)
         optimizer.add_param_group({"params": critic.parameters(), "lr": critic.lr})
     measure(0, sft, critic, None, None)
     for i in range(args.iterations):
@@ -196,12 +197,12 @@ def where_first(success, level):
     return i if i == 0 else i - 1 + (level - success[i - 1]) / (success[i] - success[i - 1])
 
 
-def matched(a, b):
-    """Rows of two runs from one clone -> OOD success of a minus that of b where both have the
-    highest in-distribution success that both reach."""
+def matched(a, b, names=OOD):
+    """Rows of two runs from one clone -> success of a minus that of b, mean of these columns, where
+    both have the highest in-distribution success that both reach."""
     level = min(curve(a, ["id"]).max(), curve(b, ["id"]).max())
     at = [np.interp(where_first(curve(rows, ["id"]), level), np.arange(len(rows)),
-                    curve(rows, OOD)) for rows in (a, b)]
+                    curve(rows, names)) for rows in (a, b)]
     return at[0] - at[1]
 
 
@@ -209,6 +210,11 @@ def at_end(rows, names):
     """The last evaluation of a run, mean of these columns."""
     last = max(rows, key=lambda row: int(row["iteration"]))
     return np.mean([float(last[name]) for name in names])
+
+
+def ahead(a, b, names):
+    """The same at the end."""
+    return at_end(a, names) - at_end(b, names)
 
 
 def runs_of(rows):
@@ -221,13 +227,11 @@ def runs_of(rows):
 
 def verdicts(rows):
     """Paired differences over seeds, in points with their 95 % t-interval: rows of verdicts.csv."""
-    def ahead(names):
-        return lambda a, b: at_end(a, names) - at_end(b, names)
-
     runs, found = runs_of(rows), []
     measures = {"OOD at equal in-distribution success": matched,
-                "OOD at the end": ahead(OOD), "in-distribution at the end": ahead(["id"]),
-                "starts farther out at the end": ahead(["starts"])}
+                "OOD at the end": functools.partial(ahead, names=OOD),
+                "in-distribution at the end": functools.partial(ahead, names=["id"]),
+                "starts farther out at the end": functools.partial(ahead, names=["starts"])}
     for scenes in dict.fromkeys(row["scenes"] for row in rows):
         for a, b in (("stepnft", "ppo"), ("grpo", "ppo"), ("stepnft", "grpo"),
                      ("ppo-action", "ppo"), ("ppo-action", "stepnft")):

@@ -1,0 +1,269 @@
+"""What a critic costs in meaning: pi-StepNFT and PPO on TwoGaps, where a sentence names the gap.
+
+Most of the paper's lead out of distribution is semantic: another thing is asked for. A policy that
+can be asked for what it was never trained on must know more than its training shows, so here, as
+in the paper, the eyes come first: one network learns, on a million scenes with every pair of
+colours and every sentence, where the named gap is. Then 48 demonstrations and RL in 64 scenes, with
+12 of the 15 pairs and one way of asking. Does RL keep what the eyes knew?
+
+PPO runs twice: its critic on detached features, as in the paper, and sharing the encoder, which it
+then trains. All start from the same clone, play the same starts, each at the settings that suit it
+(tuned for success in distribution alone). The statistic is PixelGap's, fixed before the run.
+
+Run:     python results/meaning/run.py                (81 runs, two minutes each on one core)
+         python results/meaning/run.py --seeds 2 --iterations 20 --out runs/meaning_short
+Saves:   results/meaning/{tuning.csv, main.csv, verdicts.csv, meaning.png}
+"""
+
+import contextlib
+import copy
+import functools
+import importlib
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+flow, compare, common, pixel_gap = map(importlib.import_module, (
+    "01_flow_policy", "05_train_maniskill", "results.common", "results.pixel_gap.run"))
+from envs import two_gaps  # noqa: E402  (the lines above tell where)
+from envs.gap_world import episode_seeds  # noqa: E402
+from envs.workers import scripted_demos  # noqa: E402
+from policies.critic import Critic  # noqa: E402
+from policies.small import SmallImagePolicy, spatial_softmax  # noqa: E402
+from tools import files, flags  # noqa: E402
+from tools.log import log_row  # noqa: E402
+
+ARMS = ("stepnft", "ppo", "ppo-shared")
+CONDITIONS = dict(zip(("id", "pairs", "words", "order", "third", "textures", "gaps", "starts"),
+                      (changes for _, _, changes in two_gaps.VARIANTS)))
+SEMANTIC, VISION = ("pairs", "words", "order", "third"), ("textures", "gaps")
+SCENES, DEMOS, TESTED = 64, 48, (400, 1000)   # TESTED: in each condition, while training, at the end
+FOLDER = "runs/meaning"
+
+
+# ------------------------------------------------------------------------------------------------
+# The policy, its eyes, its clone
+
+
+class AskedPolicy(SmallImagePolicy):
+    """The sentence decides what in the picture is looked at (FiLM: it scales and shifts features)
+    before the spatial softmax says where that is."""
+
+    def __init__(self):
+        super().__init__(horizon=4, action_dim=2, state_dim=2, cameras=1, language=True, width=128,
+                         depth=3, context=2 + 2 * 16 + 64)
+        self.image_encoder = nn.Sequential(nn.Conv2d(3, 32, 3), nn.SiLU())
+        self.asked, self.maps = nn.Linear(64, 2 * 32), nn.Conv2d(32, 16, 1)
+
+    def encode(self, obs):
+        asked = torch.cat([obs["tokens"], obs["rgb"].flatten(1)], dim=1)
+        asked, which = asked.unique(dim=0, return_inverse=True)   # few in a batch: each once
+        text = self.read(asked[:, :-3 * 16 * 16])                                 # (n, 64)
+        images = asked[:, -3 * 16 * 16:].view(-1, 3, 16, 16)
+        features = self.image_encoder(images.float() / 255 - 0.5)                 # (n, 32, h, w)
+        scale, shift = self.asked(text)[:, :, None, None].chunk(2, dim=1)
+        maps = self.maps(F.silu(features * (1 + scale) + shift))                  # (n, 16, h, w)
+        seen = torch.cat([spatial_softmax(3 * maps), text], dim=-1)
+        return torch.cat([self.feel(obs), seen[which]], dim=-1)
+
+
+class SharedCritic(Critic):
+    """A critic whose error trains the policy's encoder, too."""
+
+    def forward(self, ctx, elapsed):
+        return self.net(torch.cat([ctx, elapsed[:, None]], -1))[:, 0]
+
+
+def eyes(steps=3000):
+    """A policy that has learned where the named gap is, in every kind of scene, and nothing about
+    how to move: one for all seeds."""
+    path = Path(FOLDER, "eyes.pt")
+    torch.manual_seed(0)
+    policy = AskedPolicy()
+    if not path.exists():
+        parts, everything = [], [*two_gaps.SEEN_PAIRS, *two_gaps.UNSEEN_PAIRS]
+        for i, (sentence, third, gaps) in enumerate(
+                (sentence, third, gaps) for sentence in two_gaps.SENTENCES
+                for third in (False, True) for gaps in ("seen", "unseen")):
+            world = two_gaps.TwoGaps(scenes=10**6)
+            world.change({"sentence": sentence, "third": third, "gaps": gaps, "pairs": everything})
+            obs = world.reset(episode_seeds("demo", 1000, 2**20, i))
+            parts.append({**obs, "gap": torch.from_numpy(world.gap_y).float()})
+        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        head = nn.Linear(policy.context_dim, 1)
+        optimizer = torch.optim.AdamW([*policy.parameters(), *head.parameters()], lr=1e-3)
+        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        for _ in range(steps):
+            part = flow.take(rows, torch.randint(len(rows["gap"]), (64,)))
+            loss = (head(policy.encode(part))[:, 0] - part["gap"]).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            decay.step()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.save(policy.state_dict(), path)
+    policy.load_state_dict(torch.load(path, weights_only=True))
+    return policy
+
+
+def clone_of(seed, steps=1500):
+    """These eyes, after SFT on the seed's demonstrations."""
+    path, policy = Path(FOLDER, f"sft_seed{seed}.pt"), eyes()
+    if not path.exists():
+        torch.manual_seed(seed)
+        world = two_gaps.TwoGaps(SCENES, demos=True)
+        world.change({"starts": (0.0, 0.3)})
+        demos = scripted_demos(world, [episode_seeds("demo", 10 * DEMOS, seed)], DEMOS)
+        chunks = torch.cat([flow.sliding_chunks(actions, policy.horizon) for _, actions in demos])
+        obs = {name: torch.cat([obs[name] for obs, _ in demos]) for name in demos[0][0]}
+        flow.train_sft(policy, obs, chunks, steps, batch_size=64)
+        files.save(policy.state_dict(), path)
+    policy.load_state_dict(torch.load(path, weights_only=True))
+    return policy
+
+
+# ------------------------------------------------------------------------------------------------
+# One run
+
+
+def grid(arm):
+    """Six settings: learning rate, and what holds the method back; widths are PixelGap's best."""
+    if arm == "stepnft":
+        stops = [{"noise_level": 0.5, "ema": ema, "target_kl": ""} for ema in
+                 ("0.1 0.5", "0.1 0.995")]
+    else:
+        stops = [{"noise_level": 0.5, "ema": "", "target_kl": kl} for kl in (0.02, 0.1)]
+    return [{"lr": lr, **stop} for lr in (1e-4, 3e-4, 1e-3) for stop in stops]
+
+
+def run(job, split="test"):
+    """05's loop from this seed's clone, tested all along -> a row for each evaluation. split =
+    "validation": for the tuning, in distribution alone, one row: `after`, the mean of the last
+    three."""
+    start, rows, world = time.time(), [], two_gaps.TwoGaps(SCENES)
+    settings = {name: value for name, value in job.items() if name != "arm"}
+    settings["algo"] = job["arm"].removesuffix("-shared")
+
+    def measure(iteration, policy, *_):
+        row = {"iteration": iteration, "episodes_each": TESTED[iteration == job["iterations"]]}
+        for condition, changes in CONDITIONS.items():
+            if split == "test" or condition == "id":
+                world.change(changes)
+                seeds = episode_seeds(split, row["episodes_each"], iteration=condition != "id")
+                row[condition] = flow.evaluate(policy, world, seeds, 4).mean()
+        world.change({})
+        rows.append(row)
+
+    with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        args = compare.parse_args(["--task", "PixelGap", *pixel_gap.flags_of(settings), "--out",
+                                   out, "--device", "cpu"])
+        pixel_gap.train(args, clone_of(job["seed"]), world, measure,
+                        SharedCritic if job["arm"] == "ppo-shared" else Critic)
+    told = {"seconds": round(time.time() - start), **common.origin("results/meaning/run.py")}
+    if split == "validation":
+        return {"after": np.mean([row["id"] for row in rows[1:][-3:]]), **told}
+    return [{**row, **told} for row in rows]
+
+
+run_validation = functools.partial(run, split="validation")
+
+
+# ------------------------------------------------------------------------------------------------
+# The statistic
+
+
+def verdicts(rows):
+    """Paired differences over seeds, in points: of each axis where both first have the highest
+    in-distribution success that both reach, and at the end."""
+    runs, found = {}, []
+    for row in rows:
+        runs.setdefault((row["arm"], row["seed"]), []).append(row)
+    for a, b in (("stepnft", "ppo"), ("stepnft", "ppo-shared"), ("ppo", "ppo-shared")):
+        seeds = [seed for arm, seed in runs if arm == a and (b, seed) in runs]
+        for axis, names in (("semantic", SEMANTIC), ("vision", VISION), ("execution", ["starts"]),
+                            ("in distribution", ["id"])):
+            for when, measure in (("at equal in-distribution success", pixel_gap.matched),
+                                  ("at the end", pixel_gap.ahead)):
+                if len(seeds) < 2 or axis == "in distribution" and when != "at the end":
+                    continue
+                points = [100 * measure(runs[a, s], runs[b, s], names) for s in seeds]
+                mean, half = np.mean(points), common.half_interval(points)
+                found.append({"comparison": f"{a} - {b}", "axis": axis, "when": when,
+                              "seeds": len(seeds), "mean": float(mean), "low": float(mean - half),
+                              "high": float(mean + half), "verdict": (
+                                  "supported" if mean >= 5 and mean > half else
+                                  "not supported here" if mean + half < 5 else "undecided")})
+    return found
+
+
+def draw(rows, path):
+    """Success in distribution and on each axis along training: means, bands of the 95 % interval."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    figures = importlib.import_module("results.figures")
+    names = dict(zip(ARMS, ("π-StepNFT", "PPO", "PPO, shared encoder")))
+    colors = dict(zip(ARMS, (figures.BLUE, figures.ORANGE, figures.PURPLE)))
+    with matplotlib.rc_context(figures.STYLE):
+        fig = Figure(figsize=(12, 3.2))
+        for ax, (title, columns) in zip(fig.subplots(1, 4, sharey=True), (
+                ("in distribution", ["id"]), ("semantic: asked otherwise", SEMANTIC),
+                ("vision: textures, gaps", VISION), ("execution: starts", ["starts"]))):
+            for arm, line in zip(ARMS, ("-", "--", ":")):
+                own = {}
+                for row in rows:
+                    if row["arm"] == arm:
+                        own.setdefault(row["seed"], []).append(
+                            np.mean([float(row[column]) for column in columns]))
+                x = sorted({int(row["iteration"]) for row in rows})
+                pixel_gap.band(ax, x, np.array(list(own.values())), color=colors[arm],
+                               label=names[arm], ls=line)
+            ax.set(title=title, xlabel="iterations", ylim=(0, 1))
+        fig.axes[0].set_ylabel("success")
+        fig.axes[0].legend(fontsize=8)
+        fig.savefig(path)
+
+
+def main():
+    parser, start = flags.Parser(__doc__), time.time()
+    add = parser.add_argument
+    add("--seeds", type=flags.number(int, 2, common.ROUNDS[0][0]), default=12, help="how many")
+    add("--iterations", type=flags.positive_int, default=240, help="RL iterations")
+    add("--episodes", type=flags.number(int, 8), default=512, help="episodes per iteration")
+    add("--jobs", type=flags.positive_int, default=common.cores(), help="runs at a time")
+    add("--out", type=Path, default="results/meaning", help="folder of tables and figure")
+    args = parser.parse_args()
+    parser.make_folder("--out", args.out)
+    torch.set_num_threads(1)
+    for seed in [*(s for seeds in common.ROUNDS for s in seeds), *range(args.seeds)]:
+        clone_of(seed)  # once, before several workers need it
+    jobs = []
+    for arm in ARMS:
+        method = {"arm": arm, "iterations": args.iterations, "episodes": args.episodes,
+                  "eval_every": 40}
+        best, = common.tune([method], grid(arm), run_validation, args.out / "tuning.csv", args.jobs)
+        print(arm, *(f"{name}={common.text(value)}" for name, value in best.items()), flush=True)
+        jobs += [{**method, **best, "seed": seed} for seed in range(args.seeds)]
+    jobs.sort(key=lambda job: job["seed"])
+    common.collect(jobs, run, args.out / "main.csv", args.jobs)
+    rows = common.rows_of(jobs, args.out / "main.csv")
+    (args.out / "verdicts.csv").unlink(missing_ok=True)
+    for row in verdicts(rows):
+        log_row(args.out / "verdicts.csv", row)
+        print("{comparison:<22} {axis:<16} {when:<33} {mean:+.1f} [{low:+.1f}, {high:+.1f}] "
+              "{verdict}".format(**row))
+    draw(rows, args.out / "meaning.png")
+    print(f"RESULT runs={len(jobs)} saved={args.out}/verdicts.csv "
+          f"seconds={time.time() - start:.0f}")
+
+
+if __name__ == "__main__":
+    main()
