@@ -155,6 +155,46 @@ def phase_table(rows):
     return cells
 
 
+def sde_table(rows):
+    """Rollout x noise level: mean ± half of the 95 % interval; then the SDE minus each of the
+    others, paired by seed, in points."""
+    own, cells = common.load("ablations", "tables"), []
+    noises = sorted({row["noise_level"] for row in rows}, key=float)
+    for rollout, target in dict.fromkeys((row["rollout"], row["target"]) for row in rows):
+        seen = [[row for row in rows if (row["rollout"], row["target"], row["noise_level"]) == (
+            rollout, target, noise)] for noise in noises]
+        cells.append([f"{rollout.upper() if len(rollout) == 3 else rollout}, {target}",
+                      *(plus_minus(own.mean_of(part)) if part else "as at 0.2" for part in seen)])
+    found = own.sde_over_ode(rows)
+    for name in dict.fromkeys(comparison.split(",")[0] for comparison, _ in found):
+        shown = [points(row["low"], row["gain"], row["high"]) for noise in noises
+                 for comparison, row in found if comparison == f"{name}, noise {noise}"]
+        cells.append([name.replace("sde", "SDE").replace("ode", "ODE"), *shown])
+    return cells
+
+
+def recovery_table(rows):
+    """Each way to train: success from each kind of start, mean ± half of the 95 % interval."""
+    study, cells = common.load("recovery"), []
+    for arm, name in study.NAMES.items():
+        own = [row for row in rows if row["arm"] == ("ode" if arm == "sft" else arm)]
+        values = [[float(row["sft_" * (arm == "sft") + test]) for row in own]
+                  for test in study.TESTS]
+        cells.append([name, *(plus_minus({"after": np.mean(one),
+                                          "half": common.half_interval(one)}) for one in values)])
+    return cells
+
+
+def recovery_verdicts(rows):
+    """Each difference: a column for each kind of start."""
+    names, cells = common.load("recovery").NAMES, {}
+    for row in rows:
+        after, before = row["comparison"].split(" - ")
+        cells.setdefault(f"{names[after]} - {names[before]}", []).append(
+            points(*(float(row[name]) for name in ("low", "mean", "high"))))
+    return [[name, *shown] for name, shown in cells.items()]
+
+
 def mechanism_table(rows):
     """Noise levels: the three shares of the endpoint's residual at each step, mean over clones, and
     the share of failures at which its pull turns to push, median over clones, before the last."""
@@ -295,6 +335,9 @@ SHAPES = {"results/ablations/phase.csv": phase_table,
           "results/ablations/phase_robot.csv": phase_table,
           "results/ablations/ablations.csv": ablation_table,
           "results/ablations/centred.csv": centred_table,
+          "results/ablations/sde.csv": sde_table,
+          "results/recovery/recovery.csv": recovery_table,
+          "results/recovery/verdicts.csv": recovery_verdicts,
           "results/mechanism/mechanism.csv": mechanism_table,
           "results/pixel_gap/verdicts.csv": gap_verdicts,
           "results/pixel_gap/main.csv": gap_table,

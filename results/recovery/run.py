@@ -36,8 +36,10 @@ ARMS = {"ode": {"rollout": "ode", "target": "endpoint", "noise_level": 0.2},
         "next-0.5": {"rollout": "sde", "target": "next", "noise_level": 0.5},
         "endpoint-0.5": {"rollout": "sde", "target": "endpoint", "noise_level": 0.5}}
 NAMES = {"sft": "SFT", "ode": "ODE, endpoint", "endpoint-0.2": "SDE 0.2, endpoint",
-         "endpoint-0.5": "SDE 0.5, endpoint", "next-0.2": "SDE 0.2, next step",
-         "next-0.5": "SDE 0.5, next step"}
+         "next-0.2": "SDE 0.2, next step", "next-0.5": "SDE 0.5, next step",
+         "endpoint-0.5": "SDE 0.5, endpoint"}
+LOOKS = {"sft": ("0.45", "o:"), "ode": ("#d55e00", "s--"), "endpoint-0.2": ("#cc79a7", "^-."),
+         "next-0.2": ("#56b4e9", "D-"), "next-0.5": ("#0072b2", "o-")}   # of the figure
 GRID = [{"ema": ema, "lr": lr} for ema in ("0.1 0.1", "0.9 0.9", "0.9 0.995")
         for lr in (3e-4, 1e-3)]
 COMPARED = [("endpoint-0.2", "ode"), ("next-0.2", "endpoint-0.2"), ("next-0.5", "next-0.2"),
@@ -133,7 +135,6 @@ def draw(rows, best, path):
     import matplotlib
     from matplotlib.figure import Figure
     figures = importlib.import_module("results.figures")
-    colors = dict(zip(NAMES, ("0.5", "#d55e00", "#e69f00", "#56b4e9", "#0072b2", "#cc79a7")))
     with matplotlib.rc_context(figures.STYLE):
         fig = Figure(figsize=(11, 6), layout="constrained")
         axes = fig.subplot_mosaic([[0, 1, 2, 3], ["by start"] * 4], height_ratios=[1, 1.1])
@@ -148,19 +149,19 @@ def draw(rows, best, path):
             axes[i].set(title=NAMES[arm], xticks=(-1, 0, 1), yticks=(-1, 0, 1), xlabel="x (m)",
                         ylabel="y (m): where training went" if i == 0 else "")
         ax, x = axes["by start"], np.arange(BINS) / 10 + 0.05
-        for arm in ("sft", "ode", "endpoint-0.2", "next-0.2", "next-0.5"):
+        for arm, (color, line) in LOOKS.items():
             column = "sft_start" if arm == "sft" else "start"
             own = [row for row in rows if row["arm"] == ("ode" if arm == "sft" else arm)]
             values = np.array([[float(row[f"{column}_{i / 10}"]) for i in range(BINS)]
                                for row in own])                                   # (seeds, BINS)
             half = [common.half_interval(tenth) for tenth in values.T]
-            ax.errorbar(x, values.mean(0), half, label=NAMES[arm], color=colors[arm], capsize=2,
-                        ls="--" if arm == "sft" else "-")
+            ax.errorbar(x, values.mean(0), half, fmt=line, color=color, label=NAMES[arm],
+                        capsize=2, ms=5)
         ax.axvspan(0, NARROW, color="0.92")
-        ax.text(0.01, 0.02, "starts of training", color="0.4")
+        ax.text(0.01, 0.02, "starts of the demonstrations and of training", color="0.4")
         ax.set(xlabel="height of the start, |y| (m)", ylabel="success without noise", xlim=(0, 0.9),
                ylim=(0, 1.02))
-        ax.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.34, 0))
+        ax.legend(loc="lower left", bbox_to_anchor=(0.02, 0.08))
         fig.savefig(path)
 
 
