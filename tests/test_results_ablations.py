@@ -189,6 +189,23 @@ def test_centred_labels_lose_the_mean_over_episodes():
     assert y.tolist() == [0.5, 0.5, -1.5, -1.5, -1.5, 0.5]
 
 
+def test_the_adaptive_error_divides_by_its_own_distance_which_is_held_fixed():
+    """Doubling the distance doubles the error, whatever the step's variance; the gradient is that
+    of the square alone."""
+    steps = batch_of_steps()
+    x_t, x_0, rest = steps["x_t"], steps["target"], (steps["t_cur"], steps["t_next"])
+    t = steps["t_cur"][:, None, None]
+    exact = (x_t - x_0) / t                                  # leads to x_0
+    errors = [variants.adaptive_error(exact + scale * steps["v_old"], x_t, x_0, *rest, sigma)
+              for scale, sigma in ((1, steps["sigma"]), (2, 9 * steps["sigma"]))]
+    torch.testing.assert_close(errors[1], 2 * errors[0])
+    v = (exact + steps["v_old"]).requires_grad_()
+    variants.adaptive_error(v, x_t, x_0, *rest, steps["sigma"]).sum().backward()
+    off = (t * steps["v_old"])
+    wanted = 2 * t * off / off.abs().mean((1, 2), keepdim=True)
+    torch.testing.assert_close(v.grad, wanted)
+
+
 # ------------------------------------------------------------------------------------------------
 # Rollouts
 
@@ -538,6 +555,43 @@ def test_the_command_in_a_row_makes_that_row(no_training, tmp_path, monkeypatch,
     main_in(tmp_path, monkeypatch, *command[1:], "--out", "b", program=program)
     again, = common.read(tmp_path / "b" / f"{name}.csv")
     assert {**again, "seconds": 0} == {**row, "seconds": 0}
+
+
+def test_sde_over_ode_pairs_every_rollout_with_the_sde_of_its_noise(no_training, tmp_path,
+                                                                    monkeypatch, capsys):
+    """At 0.5 the adaptive ODE's rows are those of 0.2: its error knows no noise."""
+    rates = {("sde", "endpoint"): 0.3, ("uncorrected", "endpoint"): 0.3, ("ode", "endpoint"): 0.1,
+             ("ode", "adaptive"): 0.4}
+    monkeypatch.setattr(variants, "score", lambda _, args: [
+        0.2, rates[args.rollout, args.target] + (0.1 * args.noise_level + args.seed % 3 / 1e3) * (
+            args.target != "adaptive")])
+    main_in(tmp_path, monkeypatch, "--seeds", 3, "--out", "out", "--jobs", 1, program=rollouts)
+    rows = common.read(tmp_path / "out/sde.csv")
+    assert {row["seed"] for row in rows} == {"20", "21", "22"} and len(rows) == 7 * 3
+    found = dict(tables.sde_over_ode(rows))
+    assert set(found) == {f"sde - {name}, noise {noise}" for noise in ("0.2", "0.5") for name in (
+        "uncorrected (endpoint)", "ode (endpoint)", "ode (adaptive)")}
+    for noise, adaptive in (("0.2", 0.02 - 0.1), ("0.5", 0.05 - 0.1)):
+        assert found[f"sde - ode (endpoint), noise {noise}"]["gain"] == pytest.approx(0.2)
+        assert found[f"sde - ode (endpoint), noise {noise}"]["verdict"] == "shown"
+        row = found[f"sde - ode (adaptive), noise {noise}"]
+        assert row["gain"] == pytest.approx(adaptive + 1e-3) and row["verdict"] == "contradicted"
+    told = {row["comparison"] for row in common.read(tmp_path / "out/verdicts.csv")}
+    assert told == set(found)
+
+
+def test_the_robots_settings_are_the_best_on_the_seed_of_the_tuning(tmp_path, monkeypatch, capsys):
+    """Without the simulator: the best lr is 3e-4, the best EMA the next step's fast one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(robot, "run", lambda job: {
+        "sft": 0.4, "after": 0.5 - abs(job["lr"] - 3e-4) + 0.01 * (
+            (job["target"] == "next") == (job["ema"] == "0.1 0.5")) + job["noise_level"] / 100})
+    main_in(tmp_path, monkeypatch, "--seeds", 2, "--out", "out", program=robot)
+    tuning, rows = (common.read(tmp_path / f"out/robot{end}.csv") for end in ("_tuning", ""))
+    assert len(tuning) == 36 and {row["seed"] for row in tuning} == {"10"}
+    assert {(r["target"], r["noise_level"], r["ema"], r["lr"], r["seed"]) for r in rows} == {
+        (target, noise, ema, "0.0003", seed) for noise in ("0.1", "0.3", "0.5") for seed in "01"
+        for target, ema in (("next", "0.1 0.5"), ("endpoint", "0.9 0.9"))}
 
 
 def test_a_row_of_the_phase_is_what_03_prints_with_these_flags(workplace, monkeypatch, capsys):

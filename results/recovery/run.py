@@ -44,7 +44,7 @@ GRID = [{"ema": ema, "lr": lr} for ema in ("0.1 0.1", "0.9 0.9", "0.9 0.995")
         for lr in (3e-4, 1e-3)]
 COMPARED = [("endpoint-0.2", "ode"), ("next-0.2", "endpoint-0.2"), ("next-0.5", "next-0.2"),
             ("next-0.5", "ode"), ("next-0.5", "endpoint-0.5")]
-NARROW, PUSHES, BINS = 0.3, (0.15, 0.3), 9
+NARROW, PUSHES, BINS, TEST_EPISODES = 0.3, (0.15, 0.3), 9, 3000
 TESTS = ("visited", "unvisited", *(f"push_{push}" for push in PUSHES))
 
 
@@ -83,10 +83,10 @@ class Diary(GapWorld):
         return played
 
 
-def tested(policy, num_steps, episodes):
+def tested(policy, num_steps):
     """Success from visited and unvisited starts, after pushes, and by the start's |y|, a tenth a
     column."""
-    seeds, world = episode_seeds("test", episodes), GapWorld()
+    seeds, world = episode_seeds("test", TEST_EPISODES), GapWorld()
     away = np.abs(world.reset(seeds)["state"][:, 1].numpy())                      # (episodes,)
     success = flow.evaluate(policy, world, seeds, num_steps)
     told = {"visited": success[away < NARROW].mean(), "unvisited": success[away >= NARROW].mean()}
@@ -96,17 +96,17 @@ def tested(policy, num_steps, episodes):
     return told | {f"start_{i / 10}": success[tenth == i].mean() for i in range(BINS)}
 
 
-def run(job, episodes=3000):
+def run(job):
     """A job -> the rest of its row. It may be in a worker process, so it prints nothing."""
     args, start, world = variants.settings({**job, **ARMS[job["arm"]]}), time.time(), Diary()
     with contextlib.redirect_stdout(io.StringIO()):
         policies = variants.train(args, world)
-    sft, after = (tested(policy, args.num_steps, episodes) for policy in policies)
+    sft, after = (tested(policy, args.num_steps) for policy in policies)
     left = world.places[:30]                                       # before the wall, x < 0
     heights = np.abs(np.linspace(-1, 1, 61)[:-1] + 1 / 60)
     return {**after, **{f"sft_{name}": value for name, value in sft.items()},
             "training_outside": left[:, heights > NARROW].sum() / left.sum(),
-            "test_episodes": episodes, "seconds": round(time.time() - start),
+            "test_episodes": TEST_EPISODES, "seconds": round(time.time() - start),
             **common.origin(f"results/recovery/run.py {job['arm']} --seed {job['seed']}")}
 
 
