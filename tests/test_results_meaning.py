@@ -12,7 +12,8 @@ import conftest  # noqa: F401  (the way to the scripts)
 from envs.gap_world import episode_seeds
 from envs.two_gaps import TwoGaps
 
-meaning, common = map(importlib.import_module, ("results.meaning.run", "results.common"))
+meaning, eyes, common = map(importlib.import_module, (
+    "results.meaning.run", "results.meaning.eyes", "results.common"))
 
 
 def observations(count=30):
@@ -21,7 +22,7 @@ def observations(count=30):
 
 def test_a_row_is_encoded_as_if_it_were_alone():
     """Few pictures and sentences in a batch are different, and each is encoded once."""
-    policy, obs = meaning.AskedPolicy(), observations()
+    policy, obs = eyes.AskedPolicy(), observations()
     obs = {name: torch.cat([values, values]) for name, values in obs.items()}
     ctx = policy.encode(obs)
     assert ctx.shape == (60, policy.context_dim)
@@ -31,7 +32,7 @@ def test_a_row_is_encoded_as_if_it_were_alone():
 
 
 def test_the_sentence_decides_what_is_looked_at():
-    policy, obs = meaning.AskedPolicy(), observations(2)
+    policy, obs = eyes.AskedPolicy(), observations(2)
     obs = {name: values[:1].repeat(2, *[1] * (values.ndim - 1)) for name, values in obs.items()}
     obs["tokens"] = torch.stack([torch.from_numpy(meaning.two_gaps.tokens(
         f"go through the {color} gap").copy()) for color in ("red", "blue")])
@@ -40,15 +41,15 @@ def test_the_sentence_decides_what_is_looked_at():
 
 
 def test_the_shared_critic_trains_the_encoder_and_the_papers_does_not():
-    for make_critic, reaches in ((meaning.Critic, False), (meaning.SharedCritic, True)):
-        policy = meaning.AskedPolicy()
+    for make_critic, reaches in ((eyes.Critic, False), (eyes.SharedCritic, True)):
+        policy = eyes.AskedPolicy()
         critic = make_critic(policy.context_dim)
         critic(policy.encode(observations(4)), torch.rand(4)).sum().backward()
         assert (policy.maps.weight.grad is not None) == reaches
 
 
 def test_the_shared_critic_is_the_other_one_on_the_same_weights():
-    a, b = meaning.Critic(7), meaning.SharedCritic(7)
+    a, b = eyes.Critic(7), eyes.SharedCritic(7)
     b.load_state_dict(a.state_dict())
     ctx, elapsed = torch.randn(5, 7), torch.rand(5)
     assert torch.equal(a(ctx, elapsed), b(ctx, elapsed))
@@ -97,7 +98,7 @@ def test_the_study_tiny_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "ROUNDS", ((100,), (101,)))
     monkeypatch.setattr(meaning, "TESTED", (10, 20))
     for name, steps in (("eyes", 3), ("clone_of", 5)):
-        monkeypatch.setattr(getattr(meaning, name), "__defaults__", (steps,))
+        monkeypatch.setattr(getattr(eyes, name), "__defaults__", (steps,))
     monkeypatch.setattr(meaning, "grid", lambda arm, grid=meaning.grid: grid(arm)[:2])
     monkeypatch.setattr(sys, "argv", ["run.py", "--seeds", "2", "--iterations", "1", "--episodes",
                                       "8", "--jobs", "1", "--out", "out"])

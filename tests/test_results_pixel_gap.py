@@ -13,7 +13,8 @@ import conftest  # noqa: F401  (the way to the scripts)
 from envs import pixel_gap as world
 from policies import load_policy
 
-pixel_gap, common = map(importlib.import_module, ("results.pixel_gap.run", "results.common"))
+pixel_gap, statistic, common = map(importlib.import_module, (
+    "results.pixel_gap.run", "results.pixel_gap.statistic", "results.common"))
 compare = pixel_gap.compare
 
 
@@ -31,12 +32,12 @@ def run_rows(success, ood, algo="ppo", seed="0", scenes="64"):
 
 
 def test_the_running_mean_is_of_three_of_two_at_the_end_and_leaves_the_clone_alone():
-    assert pixel_gap.smooth([0.0, 3.0, 6.0, 0.0]) == pytest.approx([0.0, 3.0, 3.0, 3.0])
+    assert statistic.smooth([0.0, 3.0, 6.0, 0.0]) == pytest.approx([0.0, 3.0, 3.0, 3.0])
 
 
 @pytest.mark.parametrize("level, where", [(0.5, 0), (0.6, 0.5), (0.7, 1), (0.8, 2.5), (0.9, 3)])
 def test_a_level_is_first_reached_between_two_evaluations(level, where):
-    assert pixel_gap.where_first(np.array([0.5, 0.7, 0.7, 0.9]), level
+    assert statistic.where_first(np.array([0.5, 0.7, 0.7, 0.9]), level
                                  ) == pytest.approx(where)
 
 
@@ -48,17 +49,17 @@ def test_runs_are_compared_where_both_are_equally_good_in_distribution():
     b = run_rows(0.3 + 0.3 * x, 0.2 + 0.1 * x)
     level = (0.3 + 0.3 * x)[-2:].mean()                    # the highest that b's mean reaches
     wanted = 0.1 + 0.5 * (level - 0.3) - (0.2 + (level - 0.3) / 3)
-    assert pixel_gap.matched(a, b) == pytest.approx(wanted, abs=1e-3)
-    assert pixel_gap.matched(b, a) == pytest.approx(-wanted, abs=1e-3)
-    assert pixel_gap.matched(a, a) == 0
-    for names, ahead in ((["id"], 0.2), (pixel_gap.OOD, 0.05)):
-        assert pixel_gap.at_end(a, names) - pixel_gap.at_end(b, names) == pytest.approx(ahead)
+    assert statistic.matched(a, b) == pytest.approx(wanted, abs=1e-3)
+    assert statistic.matched(b, a) == pytest.approx(-wanted, abs=1e-3)
+    assert statistic.matched(a, a) == 0
+    for names, ahead in ((["id"], 0.2), (statistic.OOD, 0.05)):
+        assert statistic.at_end(a, names) - statistic.at_end(b, names) == pytest.approx(ahead)
 
 
 def test_a_method_that_never_rises_is_compared_at_the_clone():
     x = np.linspace(0, 1, 9)
     rising, falling = run_rows(0.5 + 0.4 * x, 0.2 + 0.5 * x), run_rows(0.5 - 0.3 * x, 0.2 - 0.1 * x)
-    assert pixel_gap.matched(rising, falling) == pytest.approx(0)
+    assert statistic.matched(rising, falling) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("gain, spread, verdict", [
@@ -70,7 +71,7 @@ def test_a_verdict_follows_the_rule_that_was_fixed(gain, spread, verdict):
     for seed, own in enumerate(gains):
         rows += run_rows(0.5 + 0.4 * x, 0.3 + 0.2 * x, "ppo", str(seed))
         rows += run_rows(0.5 + 0.4 * x, 0.3 + 0.2 * x + own, "stepnft", str(seed))
-    row = next(r for r in pixel_gap.verdicts(rows) if r["measure"].startswith("OOD at equal"))
+    row = next(r for r in statistic.verdicts(rows) if r["measure"].startswith("OOD at equal"))
     interval = stats.ttest_1samp(100 * gains, 0).confidence_interval(0.95)
     assert (row["comparison"], row["seeds"]) == ("stepnft - ppo", 4)
     assert (row["mean"], row["low"], row["high"]) == pytest.approx(
@@ -83,7 +84,7 @@ def test_a_verdict_follows_the_rule_that_was_fixed(gain, spread, verdict):
 def test_the_critic_overfits_if_it_explains_less_elsewhere(lost, verdict):
     runs = {str(s): [{**row, "critic_fresh": str(0.1 + x), "critic_unseen": "0.1"}
                      for row in run_rows([0.5], [0.5], seed=str(s))] for s, x in enumerate(lost)}
-    rows, scenes = pixel_gap.critic_overfits(runs, "64"), pixel_gap.critic_overfits(runs, "64")[1]
+    rows, scenes = statistic.critic_overfits(runs, "64"), statistic.critic_overfits(runs, "64")[1]
     assert [row["measure"] for row in rows] == ["explains trained - fresh",
                                                 "explains fresh - unseen"]
     interval = stats.ttest_1samp(lost, 0).confidence_interval(0.95)

@@ -1,4 +1,4 @@
-"""results/recovery/run.py: its worlds by hand, what is counted, its differences; the study, tiny."""
+"""results/recovery/run.py: its worlds by hand, what is counted, differences; the study, tiny."""
 
 import importlib
 import sys

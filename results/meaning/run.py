@@ -16,7 +16,6 @@ Saves:   results/meaning/{tuning.csv, main.csv, verdicts.csv, meaning.png}
 """
 
 import contextlib
-import copy
 import functools
 import importlib
 import io
@@ -27,108 +26,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-flow, compare, common, pixel_gap = map(importlib.import_module, (
-    "01_flow_policy", "05_train_maniskill", "results.common", "results.pixel_gap.run"))
+flow, compare, common, pixel_gap, statistic, eyes = map(importlib.import_module, (
+    "01_flow_policy", "05_train_maniskill", "results.common", "results.pixel_gap.run",
+    "results.pixel_gap.statistic", "results.meaning.eyes"))
 from envs import two_gaps  # noqa: E402  (the lines above tell where)
 from envs.gap_world import episode_seeds  # noqa: E402
-from envs.workers import scripted_demos  # noqa: E402
-from policies.critic import Critic  # noqa: E402
-from policies.small import SmallImagePolicy, spatial_softmax  # noqa: E402
-from tools import files, flags  # noqa: E402
+from tools import flags  # noqa: E402
 from tools.log import log_row  # noqa: E402
 
 ARMS = ("stepnft", "ppo", "ppo-shared")
 CONDITIONS = dict(zip(("id", "pairs", "words", "order", "third", "textures", "gaps", "starts"),
                       (changes for _, _, changes in two_gaps.VARIANTS)))
 SEMANTIC, VISION = ("pairs", "words", "order", "third"), ("textures", "gaps")
-SCENES, DEMOS, TESTED = 64, 48, (400, 1000)   # TESTED: in each condition, while training, at the end
-FOLDER = "runs/meaning"
-
-
-# ------------------------------------------------------------------------------------------------
-# The policy, its eyes, its clone
-
-
-class AskedPolicy(SmallImagePolicy):
-    """The sentence decides what in the picture is looked at (FiLM: it scales and shifts features)
-    before the spatial softmax says where that is."""
-
-    def __init__(self):
-        super().__init__(horizon=4, action_dim=2, state_dim=2, cameras=1, language=True, width=128,
-                         depth=3, context=2 + 2 * 16 + 64)
-        self.image_encoder = nn.Sequential(nn.Conv2d(3, 32, 3), nn.SiLU())
-        self.asked, self.maps = nn.Linear(64, 2 * 32), nn.Conv2d(32, 16, 1)
-
-    def encode(self, obs):
-        asked = torch.cat([obs["tokens"], obs["rgb"].flatten(1)], dim=1)
-        asked, which = asked.unique(dim=0, return_inverse=True)   # few in a batch: each once
-        text = self.read(asked[:, :-3 * 16 * 16])                                 # (n, 64)
-        images = asked[:, -3 * 16 * 16:].view(-1, 3, 16, 16)
-        features = self.image_encoder(images.float() / 255 - 0.5)                 # (n, 32, h, w)
-        scale, shift = self.asked(text)[:, :, None, None].chunk(2, dim=1)
-        maps = self.maps(F.silu(features * (1 + scale) + shift))                  # (n, 16, h, w)
-        seen = torch.cat([spatial_softmax(3 * maps), text], dim=-1)
-        return torch.cat([self.feel(obs), seen[which]], dim=-1)
-
-
-class SharedCritic(Critic):
-    """A critic whose error trains the policy's encoder, too."""
-
-    def forward(self, ctx, elapsed):
-        return self.net(torch.cat([ctx, elapsed[:, None]], -1))[:, 0]
-
-
-def eyes(steps=3000):
-    """A policy that has learned where the named gap is, in every kind of scene, and nothing about
-    how to move: one for all seeds."""
-    path = Path(FOLDER, "eyes.pt")
-    torch.manual_seed(0)
-    policy = AskedPolicy()
-    if not path.exists():
-        parts, everything = [], [*two_gaps.SEEN_PAIRS, *two_gaps.UNSEEN_PAIRS]
-        for i, (sentence, third, gaps) in enumerate(
-                (sentence, third, gaps) for sentence in two_gaps.SENTENCES
-                for third in (False, True) for gaps in ("seen", "unseen")):
-            world = two_gaps.TwoGaps(scenes=10**6)
-            world.change({"sentence": sentence, "third": third, "gaps": gaps, "pairs": everything})
-            obs = world.reset(episode_seeds("demo", 1000, 2**20, i))
-            parts.append({**obs, "gap": torch.from_numpy(world.gap_y).float()})
-        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        head = nn.Linear(policy.context_dim, 1)
-        optimizer = torch.optim.AdamW([*policy.parameters(), *head.parameters()], lr=1e-3)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            part = flow.take(rows, torch.randint(len(rows["gap"]), (64,)))
-            loss = (head(policy.encode(part))[:, 0] - part["gap"]).pow(2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            decay.step()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.save(policy.state_dict(), path)
-    policy.load_state_dict(torch.load(path, weights_only=True))
-    return policy
-
-
-def clone_of(seed, steps=1500):
-    """These eyes, after SFT on the seed's demonstrations."""
-    path, policy = Path(FOLDER, f"sft_seed{seed}.pt"), eyes()
-    if not path.exists():
-        torch.manual_seed(seed)
-        world = two_gaps.TwoGaps(SCENES, demos=True)
-        world.change({"starts": (0.0, 0.3)})
-        demos = scripted_demos(world, [episode_seeds("demo", 10 * DEMOS, seed)], DEMOS)
-        chunks = torch.cat([flow.sliding_chunks(actions, policy.horizon) for _, actions in demos])
-        obs = {name: torch.cat([obs[name] for obs, _ in demos]) for name in demos[0][0]}
-        flow.train_sft(policy, obs, chunks, steps, batch_size=64)
-        files.save(policy.state_dict(), path)
-    policy.load_state_dict(torch.load(path, weights_only=True))
-    return policy
+TESTED = 400, 1000                     # episodes in each condition: while training, at the end
 
 
 # ------------------------------------------------------------------------------------------------
@@ -149,7 +62,7 @@ def run(job, split="test"):
     """05's loop from this seed's clone, tested all along -> a row for each evaluation. split =
     "validation": for the tuning, in distribution alone, one row: `after`, the mean of the last
     three."""
-    start, rows, world = time.time(), [], two_gaps.TwoGaps(SCENES)
+    start, rows, world = time.time(), [], two_gaps.TwoGaps(eyes.SCENES)
     settings = {name: value for name, value in job.items() if name != "arm"}
     settings["algo"] = job["arm"].removesuffix("-shared")
 
@@ -166,8 +79,8 @@ def run(job, split="test"):
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         args = compare.parse_args(["--task", "PixelGap", *pixel_gap.flags_of(settings), "--out",
                                    out, "--device", "cpu"])
-        pixel_gap.train(args, clone_of(job["seed"]), world, measure,
-                        SharedCritic if job["arm"] == "ppo-shared" else Critic)
+        pixel_gap.train(args, eyes.clone_of(job["seed"]), world, measure,
+                        eyes.SharedCritic if job["arm"] == "ppo-shared" else eyes.Critic)
     told = {"seconds": round(time.time() - start), **common.origin("results/meaning/run.py")}
     if split == "validation":
         return {"after": np.mean([row["id"] for row in rows[1:][-3:]]), **told}
@@ -191,8 +104,8 @@ def verdicts(rows):
         seeds = [seed for arm, seed in runs if arm == a and (b, seed) in runs]
         for axis, names in (("semantic", SEMANTIC), ("vision", VISION), ("execution", ["starts"]),
                             ("in distribution", ["id"])):
-            for when, measure in (("at equal in-distribution success", pixel_gap.matched),
-                                  ("at the end", pixel_gap.ahead)):
+            for when, measure in (("at equal in-distribution success", statistic.matched),
+                                  ("at the end", statistic.ahead)):
                 if len(seeds) < 2 or axis == "in distribution" and when != "at the end":
                     continue
                 points = [100 * measure(runs[a, s], runs[b, s], names) for s in seeds]
@@ -206,7 +119,7 @@ def verdicts(rows):
 
 
 def draw(rows, path):
-    """Success in distribution and on each axis along training: means, bands of the 95 % interval."""
+    """Success in distribution and on each axis along training: means, bands of 95 % intervals."""
     import matplotlib
     from matplotlib.figure import Figure
     figures = importlib.import_module("results.figures")
@@ -224,7 +137,7 @@ def draw(rows, path):
                         own.setdefault(row["seed"], []).append(
                             np.mean([float(row[column]) for column in columns]))
                 x = sorted({int(row["iteration"]) for row in rows})
-                pixel_gap.band(ax, x, np.array(list(own.values())), color=colors[arm],
+                statistic.band(ax, x, np.array(list(own.values())), color=colors[arm],
                                label=names[arm], ls=line)
             ax.set(title=title, xlabel="iterations", ylim=(0, 1))
         fig.axes[0].set_ylabel("success")
@@ -244,7 +157,7 @@ def main():
     parser.make_folder("--out", args.out)
     torch.set_num_threads(1)
     for seed in [*(s for seeds in common.ROUNDS for s in seeds), *range(args.seeds)]:
-        clone_of(seed)  # once, before several workers need it
+        eyes.clone_of(seed)  # once, before several workers need it
     jobs = []
     for arm in ARMS:
         method = {"arm": arm, "iterations": args.iterations, "episodes": args.episodes,

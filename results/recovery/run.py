@@ -130,6 +130,23 @@ def verdicts(rows, path):
                       f"{100 * high:+.1f}] {said}")
 
 
+def by_start(ax, rows):
+    """Success against the height of the start, a line for each way to train; 95 % over seeds."""
+    for arm, (color, line) in LOOKS.items():
+        column = "sft_start" if arm == "sft" else "start"
+        own = [row for row in rows if row["arm"] == ("ode" if arm == "sft" else arm)]
+        values = np.array([[float(row[f"{column}_{i / 10}"]) for i in range(BINS)]
+                           for row in own])                                       # (seeds, BINS)
+        half = [common.half_interval(tenth) for tenth in values.T]
+        ax.errorbar(np.arange(BINS) / 10 + 0.05, values.mean(0), half, fmt=line, color=color,
+                    label=NAMES[arm], capsize=2, ms=5)
+    ax.axvspan(0, NARROW, color="0.92")
+    ax.text(0.01, 0.02, "starts of the demonstrations and of training", color="0.4")
+    ax.set(xlabel="height of the start, |y| (m)", ylabel="success without noise", xlim=(0, 0.9),
+           ylim=(0, 1.02))
+    ax.legend(loc="lower left", bbox_to_anchor=(0.02, 0.08))
+
+
 def draw(rows, best, path):
     """Where training went, of one seed of each arm, and where each arm succeeds, by the start."""
     import matplotlib
@@ -148,20 +165,7 @@ def draw(rows, best, path):
                 axes[i].axhline(y, color="0.6", ls=":", lw=1)
             axes[i].set(title=NAMES[arm], xticks=(-1, 0, 1), yticks=(-1, 0, 1), xlabel="x (m)",
                         ylabel="y (m): where training went" if i == 0 else "")
-        ax, x = axes["by start"], np.arange(BINS) / 10 + 0.05
-        for arm, (color, line) in LOOKS.items():
-            column = "sft_start" if arm == "sft" else "start"
-            own = [row for row in rows if row["arm"] == ("ode" if arm == "sft" else arm)]
-            values = np.array([[float(row[f"{column}_{i / 10}"]) for i in range(BINS)]
-                               for row in own])                                   # (seeds, BINS)
-            half = [common.half_interval(tenth) for tenth in values.T]
-            ax.errorbar(x, values.mean(0), half, fmt=line, color=color, label=NAMES[arm],
-                        capsize=2, ms=5)
-        ax.axvspan(0, NARROW, color="0.92")
-        ax.text(0.01, 0.02, "starts of the demonstrations and of training", color="0.4")
-        ax.set(xlabel="height of the start, |y| (m)", ylabel="success without noise", xlim=(0, 0.9),
-               ylim=(0, 1.02))
-        ax.legend(loc="lower left", bbox_to_anchor=(0.02, 0.08))
+        by_start(axes["by start"], rows)
         fig.savefig(path)
 
 
