@@ -67,7 +67,8 @@ def picture(background, gaps, half):
 def scene(number):
     """What a training scene is: (texture, (upper u, lower u), index of its pair, swapped?)."""
     rng = np.random.default_rng([3, number])
-    return number, tuple(rng.uniform(0, 1, 2)), int(rng.integers(len(SEEN_PAIRS))), rng.random() < .5
+    places = tuple(rng.uniform(0, 1, 2))
+    return number, places, int(rng.integers(len(SEEN_PAIRS))), rng.random() < 0.5
 
 
 class TwoGaps(PixelGap):
