@@ -43,8 +43,8 @@ class MixtureFlow:
     """
 
     def __init__(self, weights, means, stds, horizon=1, action_dim=1):
-        self.weights, self.means, self.stds = (torch.tensor(z).double() for z in
-                                               (weights, means, stds))
+        self.weights, self.means, self.stds = (                      # (components, 1, 1, 1)
+            torch.tensor(z).double()[:, None, None, None] for z in (weights, means, stds))
         self.horizon, self.action_dim = horizon, action_dim
 
     def components(self, t):
@@ -55,20 +55,20 @@ class MixtureFlow:
         return torch.zeros(len(obs["state"]), 0)
 
     def velocity(self, x_t, t, ctx):
-        t = t.double()[:, None, None, None]
-        x = x_t.double()[..., None]                                        # (B, H, A, components)
+        t, x = t.double()[:, None, None], x_t.double()
         mean, var = self.components(t)
         posterior = (self.weights.log() + torch.distributions.Normal(mean, var.sqrt()).log_prob(x)
-                     ).softmax(-1)
+                     ).softmax(0)
         x0_hat = self.means + (1 - t) * self.stds**2 / var * (x - mean)
         x1_hat = t / var * (x - mean)
-        return (posterior * (x1_hat - x0_hat)).sum(-1).to(x_t.dtype)
+        return (posterior * (x1_hat - x0_hat)).sum(0).to(x_t.dtype)
 
     def cdf(self, t):
         """The distribution function of one entry of x_t, as scipy.stats.kstest wants it."""
         mean, var = self.components(t)
         normal = torch.distributions.Normal(mean, var.sqrt())
-        return lambda x: (self.weights * normal.cdf(torch.from_numpy(x)[:, None])).sum(-1).numpy()
+        return lambda x: (self.weights * normal.cdf(torch.from_numpy(x)[:, None, None])
+                          ).sum(0).flatten().numpy()
 
 
 class Scripted(nn.Module):
