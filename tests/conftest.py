@@ -5,11 +5,13 @@ import contextlib
 import importlib
 import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,13 +114,32 @@ def expert_plan(state, horizon):
     return np.stack(plan, 1)
 
 
-def run_script(name, *flags, cwd, ok=True):
-    """Runs a script of the repo in another folder, on one core; checks its exit status."""
+def run_process(name, *flags, cwd, ok=True):
+    """Runs a script in a process of its own, on one core; checks its exit status."""
     done = subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], cwd=cwd, text=True,
                           capture_output=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
+
+
+def run_script(name, *flags, cwd, ok=True):
+    """The same in this process, which has imported already what the script is going to."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [str(ROOT / name), *map(str, flags)])
+        patch.setattr(sys, "path", [str((ROOT / name).parent), *sys.path])
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as stopped:
+            status = stopped.code or 0
+            if isinstance(status, str):
+                print(status, file=err)
+                status = 1
+    assert (status == 0) == ok, out.getvalue() + err.getvalue()
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def result_line(done):

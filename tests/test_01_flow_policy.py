@@ -12,7 +12,7 @@ from scipy import integrate, stats
 from torch import nn
 
 from conftest import (MixtureFlow, Opaque, Scripted, expert_plan, one_clear_line, result_line,
-                      run_main, run_script, wrong_call)
+                      run_main, run_process, run_script, wrong_call)
 
 from envs import gap_world
 from tools import flags
@@ -572,7 +572,7 @@ def test_unknown_and_shortened_flags_are_refused(flags):
 
 
 def test_a_wrong_call_ends_with_exit_status_2(tmp_path):
-    done = run_script("01_flow_policy.py", "--num-steps", 0, cwd=tmp_path, ok=False)
+    done = run_process("01_flow_policy.py", "--num-steps", 0, cwd=tmp_path, ok=False)
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
     assert "--num-steps" in one_clear_line(done)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import ROOT, one_clear_line, run_script, wrong_call
+from conftest import ROOT, one_clear_line, run_process, wrong_call
 from envs import maniskill, pixel_gap
 from envs.gap_world import episode_seeds
 from policies import build_policy, load_policy
@@ -732,7 +732,7 @@ def test_a_checkpoint_of_05_is_refused_by_04(run05):
 
 def test_a_wrong_call_leaves_nothing_but_its_line(tmp_path):
     """Once as a user calls it: no warning beside the line, either."""
-    done = run_script(SCRIPT, "--task", "PickCub-v1", cwd=tmp_path, ok=False)
+    done = run_process(SCRIPT, "--task", "PickCub-v1", cwd=tmp_path, ok=False)
     assert "--task PickCub-v1" in one_clear_line(done) and not any(tmp_path.iterdir())
 
 

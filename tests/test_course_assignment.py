@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT, run_script, wrong_call
+from conftest import ROOT, run_process, run_script, wrong_call
 from course import assignment
 from envs.gap_world import expert_demos
 
@@ -79,7 +79,7 @@ def test_a_copy_holds_no_solution_and_still_explains_itself(copies, sheet):
     for path in files:
         text = path.read_text()
         assert not [line for line in lines if line in text], path
-    run_script(folder / "01_flow_policy.py", "--help", cwd=folder)
+    run_process(folder / "01_flow_policy.py", "--help", cwd=folder)
 
 
 @pytest.mark.parametrize("name", list(TASK))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import ROOT, result_line, run_script, wrong_call
+from conftest import ROOT, result_line, run_process, run_script, wrong_call
 from policies import build_policy
 from policies.small import RobotPolicy
 from tools.log import log_row
@@ -267,7 +267,7 @@ def test_filtered_cloning_runs_as_04_does(tmp_path):
     policy = build_policy(robot.policy_config(args))
     policy.fit_normalisation({"state": torch.randn(9, args.state_dim)}, torch.rand(9, 1, 7))
     save(tmp_path / "clone.pt", policy, args)
-    done = run_script("results/libero/filtered_bc.py", *(
+    done = run_process("results/libero/filtered_bc.py", *(
         "--sft clone.pt --iterations 1 --episodes 8 --max-steps 4 --test-max-steps 4 --num-envs 1 "
         "--test-states 1 --test-episodes 1 --eval-episodes 1 --out run").split(), cwd=tmp_path)
     assert {"sft", "filtered_bc"} < result_line(done).keys()
