@@ -2,6 +2,7 @@
 for the toy world, and runners for the scripts."""
 
 import contextlib
+import fcntl
 import importlib
 import io
 import os
@@ -188,17 +189,34 @@ def wrong_call(script, *flags):
     return line
 
 
+def made_once(factory, name, make):
+    """A folder that `make` fills, once for all worker processes of pytest-xdist."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = factory.mktemp(name)
+        make(folder)
+        return folder
+    folder = factory.getbasetemp().parent / name               # which the workers share
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            make(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sft_folder(tmp_path_factory):
     """A folder that holds a barely trained policy where 02 and 03 look for it."""
-    flow, folder = importlib.import_module("01_flow_policy"), tmp_path_factory.mktemp("sft")
-    train = flow.train_sft
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "train_sft", lambda policy, obs, chunks, steps: train(
-            policy, obs, chunks, 100))
-        patch.chdir(folder)
-        flow.toy_policy(seed=0)
-    return folder
+    def make(folder):
+        flow = importlib.import_module("01_flow_policy")
+        train = flow.train_sft
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flow, "train_sft", lambda policy, obs, chunks, steps: train(
+                policy, obs, chunks, 100))
+            patch.chdir(folder)
+            flow.toy_policy(seed=0)
+
+    return made_once(tmp_path_factory, "sft", make)
 
 
 @pytest.fixture
