@@ -21,6 +21,7 @@ import ast
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import json
 import multiprocessing
@@ -297,6 +298,9 @@ def grade_one(path, name):
 
 def grade(folder, tasks):
     """A line for each function and Gradescope's results.json -> points."""
+    # what torch imports late, when a test needs it: once, and not in each function's process
+    for late in ("torch._dynamo", "torch.distributed.tensor"):
+        importlib.import_module(late)
     tests = []
     for task in tasks:
         passed, told = grade_one(folder / task.file, task.name)
