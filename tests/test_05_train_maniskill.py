@@ -246,7 +246,7 @@ def watched_update(policy, critic, batch, target_kl=0.05):
 
 def test_too_far_from_the_old_policy_the_policy_rests_and_the_critic_goes_on():
     """Bitwise, with Adam, whose momentum would go on if a gradient were zero instead of none."""
-    policy, batch = flow_sde_batch()
+    policy, batch = flow_sde_batch(rows=16)
     seen, info = watched_update(policy, Critic(5), batch)
     far = next((i for i, (_, _, kl) in enumerate(seen) if kl > 0.05), 0)
     assert 3 < far < 25 and len(seen) == 31
@@ -258,7 +258,7 @@ def test_too_far_from_the_old_policy_the_policy_rests_and_the_critic_goes_on():
 
 
 def test_too_far_from_the_old_policy_grpo_stops():
-    policy, batch = flow_sde_batch()
+    policy, batch = flow_sde_batch(rows=16)
     seen, info = watched_update(policy, None, batch, target_kl=0.02)
     kls = [kl for _, _, kl in seen]
     assert 3 < len(seen) < 25 and kls[-1] > 0.02 >= max(kls[:-1])
