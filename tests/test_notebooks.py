@@ -5,9 +5,7 @@ import ast
 import json
 import re
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from conftest import ROOT
 
@@ -34,6 +32,8 @@ def test_there_are_three():
 
 @each
 def test_a_notebook_runs_and_shows_what_it_shows_here(path, tmp_path):
+    import nbformat                            # takes a second: not at the top
+    from nbclient import NotebookClient
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": FOLDER}}).execute()
     nbformat.write(notebook, tmp_path / path.name)
