@@ -33,7 +33,15 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random streams, whatever ran before it."""
-    torch.manual_seed(0)
+    seed_all()
+
+
+def seed_all():
+    """Not by torch.manual_seed, which notes the whole stack, as deep as pytest's, for each kind of
+    device that is not there."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     np.random.seed(0)
 
 
@@ -217,6 +225,18 @@ def sft_folder(tmp_path_factory):
             flow.toy_policy(seed=0)
 
     return made_once(tmp_path_factory, "sft", make)
+
+
+@pytest.fixture(scope="session")
+def loaded_by_imports(tmp_path_factory):
+    """The packages that a fresh process has loaded once it has imported every script and world."""
+    code = ("import importlib, sys\n"
+            "for name in ('envs.libero_demos', 'envs.maniskill', 'envs.my_world', 'envs.pixel_gap',"
+            "             '04_train_libero', '05_train_maniskill'): importlib.import_module(name)\n"
+            "print(*{name.split('.')[0] for name in sys.modules})")
+    folder = made_once(tmp_path_factory, "imports", lambda folder: (folder / "names").write_text(
+        subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)))
+    return set((folder / "names").read_text().split())
 
 
 @pytest.fixture

@@ -173,7 +173,7 @@ def study_in(folder, monkeypatch, capsys, *flags):
     monkeypatch.setattr(pixel_gap, "TESTED", (10, 10))
     monkeypatch.setattr(pixel_gap, "episode_seeds", lambda split, count, *rest, **more: (
         episode_seeds(split, min(count, 32), *rest, **more)))      # 512 watch a critic
-    monkeypatch.setitem(compare.PIXEL_GAP, "sft_steps", 10)
+    monkeypatch.setitem(compare.PIXEL_GAP, "sft_steps", 3)
     monkeypatch.setattr(sys, "argv", ["run.py", "--seeds", "2", "--dose-seeds", "1",
                                       "--iterations", "1", "--episodes", "8", "--jobs", "1",
                                       "--out", "out", *flags])
