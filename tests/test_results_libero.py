@@ -215,10 +215,10 @@ def test_a_test_out_of_distribution_leaves_that_of_the_run_alone(monkeypatch, tm
 
 
 def test_a_run_that_fails_is_named_in_one_line(capfd, tmp_path, monkeypatch):
-    monkeypatch.setattr(protocol, "command_of", lambda job: "01_flow_policy.py --nonsense")
+    monkeypatch.setattr(protocol, "command_of", lambda job: "notebooks/execute.py --nonsense")
     monkeypatch.setattr(sys, "argv", [SCRIPT, "--suite", "libero_10", "--runs", str(tmp_path),
                                       "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="01_flow_policy.py --nonsense --out [^ ]*seed0$"):
+    with pytest.raises(SystemExit, match="notebooks/execute.py --nonsense --out [^ ]*seed0$"):
         protocol.main()
     assert not list((tmp_path / "out").iterdir())
 
