@@ -68,8 +68,8 @@ class MixtureFlow:
     def velocity(self, x_t, t, ctx):
         t, x = t.double()[:, None, None], x_t.double()
         mean, var = self.components(t)
-        posterior = (self.weights.log() + torch.distributions.Normal(mean, var.sqrt()).log_prob(x)
-                     ).softmax(0)
+        normal = torch.distributions.Normal(mean, var.sqrt(), validate_args=False)
+        posterior = (self.weights.log() + normal.log_prob(x)).softmax(0)
         x0_hat = self.means + (1 - t) * self.stds**2 / var * (x - mean)
         x1_hat = t / var * (x - mean)
         return (posterior * (x1_hat - x0_hat)).sum(0).to(x_t.dtype)
