@@ -21,6 +21,7 @@ import ast
 import contextlib
 import copy
 import functools
+import importlib
 import io
 import json
 import multiprocessing
@@ -164,13 +165,14 @@ def calls_in(tests, module, name):
 
 
 def flat(value, out, depth=4):
-    """All numbers in a result, and in what a function may have changed, in one list."""
+    """All numbers in a result, and in what a function may have changed, in one list; of a tensor
+    the first 4096."""
     if torch.is_tensor(value):
-        out += [str(tuple(value.shape)), *value.detach().double().flatten().tolist()[:4096]]
+        out += [str(tuple(value.shape)), value.detach().flatten()[:4096].double()]
         if value.is_leaf and value.grad is not None:
             flat(value.grad, out)
     elif isinstance(value, (int, float, str)):
-        out.append(float(value) if isinstance(value, (int, float)) else value)
+        out.append(value if isinstance(value, str) else torch.tensor(float(value)).double())
     elif isinstance(value, (list, tuple)):
         for part in value:
             flat(part, out, depth)
@@ -213,9 +215,9 @@ def behaviour(function, calls):
 def alike(a, b):
     """Two behaviours, up to rounding."""
     def same(x, y):
-        if isinstance(x, float) and isinstance(y, float):
-            return abs(x - y) <= 1e-5 * (1 + abs(y)) or x == y or (x != x and y != y)
-        return x == y
+        if torch.is_tensor(x) and torch.is_tensor(y):
+            return torch.allclose(x, y, rtol=1e-5, atol=1e-5, equal_nan=True)
+        return type(x) is type(y) and x == y
     return all(len(x) == len(y) and all(map(same, x, y)) for x, y in zip(a, b))
 
 
@@ -296,6 +298,9 @@ def grade_one(path, name):
 
 def grade(folder, tasks):
     """A line for each function and Gradescope's results.json -> points."""
+    # what torch imports late, when a test needs it: once, and not in each function's process
+    for late in ("torch._dynamo", "torch.distributed.tensor"):
+        importlib.import_module(late)
     tests = []
     for task in tasks:
         passed, told = grade_one(folder / task.file, task.name)

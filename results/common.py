@@ -27,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy import stats
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,6 +208,7 @@ def tune_and_play(variants, grid, run, args, name, score="after"):
 
 def half_interval(values):
     """Half of the 95 % t-interval of a mean; nan for a single value."""
+    from scipy import stats  # not at the top: every worker process would load it
     return stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else np.nan
 
 

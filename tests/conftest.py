@@ -2,14 +2,17 @@
 for the toy world, and runners for the scripts."""
 
 import contextlib
+import fcntl
 import importlib
 import io
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +33,15 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def seeded():
     """Every test starts from the same random streams, whatever ran before it."""
-    torch.manual_seed(0)
+    seed_all()
+
+
+def seed_all():
+    """Not by torch.manual_seed, which notes the whole stack, as deep as pytest's, for each kind of
+    device that is not there."""
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
     np.random.seed(0)
 
 
@@ -43,8 +54,8 @@ class MixtureFlow:
     """
 
     def __init__(self, weights, means, stds, horizon=1, action_dim=1):
-        self.weights, self.means, self.stds = (torch.tensor(z).double() for z in
-                                               (weights, means, stds))
+        self.weights, self.means, self.stds = (                      # (components, 1, 1, 1)
+            torch.tensor(z).double()[:, None, None, None] for z in (weights, means, stds))
         self.horizon, self.action_dim = horizon, action_dim
 
     def components(self, t):
@@ -55,20 +66,20 @@ class MixtureFlow:
         return torch.zeros(len(obs["state"]), 0)
 
     def velocity(self, x_t, t, ctx):
-        t = t.double()[:, None, None, None]
-        x = x_t.double()[..., None]                                        # (B, H, A, components)
+        t, x = t.double()[:, None, None], x_t.double()
         mean, var = self.components(t)
-        posterior = (self.weights.log() + torch.distributions.Normal(mean, var.sqrt()).log_prob(x)
-                     ).softmax(-1)
+        normal = torch.distributions.Normal(mean, var.sqrt(), validate_args=False)
+        posterior = (self.weights.log() + normal.log_prob(x)).softmax(0)
         x0_hat = self.means + (1 - t) * self.stds**2 / var * (x - mean)
         x1_hat = t / var * (x - mean)
-        return (posterior * (x1_hat - x0_hat)).sum(-1).to(x_t.dtype)
+        return (posterior * (x1_hat - x0_hat)).sum(0).to(x_t.dtype)
 
     def cdf(self, t):
         """The distribution function of one entry of x_t, as scipy.stats.kstest wants it."""
         mean, var = self.components(t)
         normal = torch.distributions.Normal(mean, var.sqrt())
-        return lambda x: (self.weights * normal.cdf(torch.from_numpy(x)[:, None])).sum(-1).numpy()
+        return lambda x: (self.weights * normal.cdf(torch.from_numpy(x)[:, None, None])
+                          ).sum(0).flatten().numpy()
 
 
 class Scripted(nn.Module):
@@ -112,13 +123,32 @@ def expert_plan(state, horizon):
     return np.stack(plan, 1)
 
 
-def run_script(name, *flags, cwd, ok=True):
-    """Runs a script of the repo in another folder, on one core; checks its exit status."""
+def run_process(name, *flags, cwd, ok=True):
+    """Runs a script in a process of its own, on one core; checks its exit status."""
     done = subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], cwd=cwd, text=True,
                           capture_output=True, timeout=300,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"})
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
+
+
+def run_script(name, *flags, cwd, ok=True):
+    """The same in this process, which has imported already what the script is going to."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [str(ROOT / name), *map(str, flags)])
+        patch.setattr(sys, "path", [str((ROOT / name).parent), *sys.path])
+        try:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as stopped:
+            status = stopped.code or 0
+            if isinstance(status, str):
+                print(status, file=err)
+                status = 1
+    assert (status == 0) == ok, out.getvalue() + err.getvalue()
+    return SimpleNamespace(returncode=status, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def result_line(done):
@@ -167,17 +197,46 @@ def wrong_call(script, *flags):
     return line
 
 
+def made_once(factory, name, make):
+    """A folder that `make` fills, once for all worker processes of pytest-xdist."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        folder = factory.mktemp(name)
+        make(folder)
+        return folder
+    folder = factory.getbasetemp().parent / name               # which the workers share
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            make(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def sft_folder(tmp_path_factory):
     """A folder that holds a barely trained policy where 02 and 03 look for it."""
-    flow, folder = importlib.import_module("01_flow_policy"), tmp_path_factory.mktemp("sft")
-    train = flow.train_sft
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "train_sft", lambda policy, obs, chunks, steps: train(
-            policy, obs, chunks, 100))
-        patch.chdir(folder)
-        flow.toy_policy(seed=0)
-    return folder
+    def make(folder):
+        flow = importlib.import_module("01_flow_policy")
+        train = flow.train_sft
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flow, "train_sft", lambda policy, obs, chunks, steps: train(
+                policy, obs, chunks, 100))
+            patch.chdir(folder)
+            flow.toy_policy(seed=0)
+
+    return made_once(tmp_path_factory, "sft", make)
+
+
+@pytest.fixture(scope="session")
+def loaded_by_imports(tmp_path_factory):
+    """The packages that a fresh process has loaded once it has imported every script and world."""
+    code = ("import importlib, sys\n"
+            "for name in ('envs.libero_demos', 'envs.maniskill', 'envs.my_world', 'envs.pixel_gap',"
+            "             '04_train_libero', '05_train_maniskill'): importlib.import_module(name)\n"
+            "print(*{name.split('.')[0] for name in sys.modules})")
+    folder = made_once(tmp_path_factory, "imports", lambda folder: (folder / "names").write_text(
+        subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)))
+    return set((folder / "names").read_text().split())
 
 
 @pytest.fixture

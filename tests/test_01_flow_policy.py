@@ -12,7 +12,7 @@ from scipy import integrate, stats
 from torch import nn
 
 from conftest import (MixtureFlow, Opaque, Scripted, expert_plan, one_clear_line, result_line,
-                      run_main, run_script, wrong_call)
+                      run_main, run_process, run_script, wrong_call)
 
 from envs import gap_world
 from tools import flags
@@ -172,7 +172,7 @@ def test_sft_learns_both_modes_and_their_proportions():
     left = torch.rand(4000) < 0.3
     chunks = (torch.where(left, -1.0, 1.0) + 0.1 * torch.randn(4000))[:, None, None]
     policy = flow.FlowPolicy(1, 1, state_dim=1, width=64)
-    flow.train_sft(policy, states(4000), chunks, steps=1200, lr=3e-3)
+    flow.train_sft(policy, states(4000), chunks, steps=800, lr=3e-3)
     samples = policy.denormalise(flow.ode_sample(policy, states(4000), 32)).flatten()
     low, high = samples[samples < 0], samples[samples > 0]
     assert len(low) / 4000 == pytest.approx(0.3, abs=0.05)
@@ -572,7 +572,7 @@ def test_unknown_and_shortened_flags_are_refused(flags):
 
 
 def test_a_wrong_call_ends_with_exit_status_2(tmp_path):
-    done = run_script("01_flow_policy.py", "--num-steps", 0, cwd=tmp_path, ok=False)
+    done = run_process("01_flow_policy.py", "--num-steps", 0, cwd=tmp_path, ok=False)
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
     assert "--num-steps" in one_clear_line(done)
 

@@ -888,13 +888,9 @@ def test_a_log_comes_back_with_nan_in_empty_cells(tmp_path):
 
 
 @pytest.mark.parametrize("target", ERRORS)
-def test_the_script_trains_logs_and_saves(workplace, target, monkeypatch):
+def test_the_script_trains_logs_and_saves(workplace, target):
     flags = ("--iterations", 2, "--episodes", 8, "--out", workplace / "out", "--target", target)
-    if target == "next":
-        done = run_script("03_step_loss.py", *flags, cwd=workplace)
-    else:
-        monkeypatch.chdir(workplace)
-        done = SimpleNamespace(stdout=run_main("03_step_loss.py", *flags)[1])
+    done = run_script("03_step_loss.py", *flags, cwd=workplace)
     result = result_line(done)
     assert 0 <= result["sft"] <= 1 and 0 <= result["stepnft"] <= 1 and result["episodes"] == 16
     log = loss.read_log(workplace / "out" / "log.csv")

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import ROOT, Opaque, one_clear_line, run_script, wrong_call
+from conftest import ROOT, Opaque, one_clear_line, run_process, wrong_call
 from envs import libero, libero_demos
 from envs.gap_world import episode_seeds
 from policies import load_policy
@@ -749,7 +749,7 @@ def test_a_run_resumed_keeps_the_sft_policy_it_started_from(runs, capsys):
 
 def test_a_wrong_call_leaves_nothing_but_its_line(tmp_path):
     """Once as a user calls it: no warning beside the line, either."""
-    done = run_script(SCRIPT, "--out", ROOT / "README.md" / "new", cwd=tmp_path, ok=False)
+    done = run_process(SCRIPT, "--out", ROOT / "README.md" / "new", cwd=tmp_path, ok=False)
     assert "--out" in one_clear_line(done) and not any(tmp_path.iterdir())
 
 

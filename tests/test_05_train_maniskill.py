@@ -15,7 +15,7 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import ROOT, one_clear_line, run_script, wrong_call
+from conftest import ROOT, one_clear_line, run_process, wrong_call
 from envs import maniskill, pixel_gap
 from envs.gap_world import episode_seeds
 from policies import build_policy, load_policy
@@ -246,7 +246,7 @@ def watched_update(policy, critic, batch, target_kl=0.05):
 
 def test_too_far_from_the_old_policy_the_policy_rests_and_the_critic_goes_on():
     """Bitwise, with Adam, whose momentum would go on if a gradient were zero instead of none."""
-    policy, batch = flow_sde_batch()
+    policy, batch = flow_sde_batch(rows=16)
     seen, info = watched_update(policy, Critic(5), batch)
     far = next((i for i, (_, _, kl) in enumerate(seen) if kl > 0.05), 0)
     assert 3 < far < 25 and len(seen) == 31
@@ -258,7 +258,7 @@ def test_too_far_from_the_old_policy_the_policy_rests_and_the_critic_goes_on():
 
 
 def test_too_far_from_the_old_policy_grpo_stops():
-    policy, batch = flow_sde_batch()
+    policy, batch = flow_sde_batch(rows=16)
     seen, info = watched_update(policy, None, batch, target_kl=0.02)
     kls = [kl for _, _, kl in seen]
     assert 3 < len(seen) < 25 and kls[-1] > 0.02 >= max(kls[:-1])
@@ -732,7 +732,7 @@ def test_a_checkpoint_of_05_is_refused_by_04(run05):
 
 def test_a_wrong_call_leaves_nothing_but_its_line(tmp_path):
     """Once as a user calls it: no warning beside the line, either."""
-    done = run_script(SCRIPT, "--task", "PickCub-v1", cwd=tmp_path, ok=False)
+    done = run_process(SCRIPT, "--task", "PickCub-v1", cwd=tmp_path, ok=False)
     assert "--task PickCub-v1" in one_clear_line(done) and not any(tmp_path.iterdir())
 
 

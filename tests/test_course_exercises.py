@@ -4,12 +4,14 @@ challenge and what does not."""
 
 import csv
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, result_line, run_script, wrong_call
+from conftest import ROOT, result_line, run_main, run_script, wrong_call
 from course import challenge, exercises, find_the_bug
 from tools.log import read_log
 
@@ -180,18 +182,23 @@ def test_the_curves_are_made_by_the_real_script(workplace, monkeypatch):
 # The challenge
 
 
-def test_an_entry_is_a_script_like_03_and_other_seeds_do_not_count(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = run_script("course/challenge.py", "--seeds", 300, "--out", tmp_path, "--name", "short",
-                      "--", "03_step_loss.py", "--iterations", 1, "--episodes", 64, cwd=tmp_path)
-    told = result_line(done)
+def test_an_entry_is_a_script_like_03_and_other_seeds_do_not_count(workplace, monkeypatch):
+    """In a repo that has its clone already."""
+    (workplace / "elsewhere").mkdir()
+    monkeypatch.chdir(workplace / "elsewhere")
+    monkeypatch.setattr(challenge, "ROOT", workplace)
+    entry = str(ROOT / "03_step_loss.py")
+    code, out, _ = run_main("course/challenge.py", "--seeds", 0, "--out", ".", "--name", "short",
+                            "--", entry, "--iterations", 1, "--episodes", 64)
+    told = result_line(SimpleNamespace(stdout=out))
     assert (told["valid"], told["episodes"]) == ("no", 64) and 0 < told["success"] < 0.9
-    row, = exercises.read(tmp_path / "entries.csv")
-    assert (row["name"], row["valid"], row["seeds"]) == ("short", "no", "300")
+    row, = exercises.read("entries.csv")
+    assert (row["name"], row["valid"], row["seeds"]) == ("short", "no", "0") and code is None
     assert float(row["each"]) == pytest.approx(told["success"], abs=6e-4)
-    assert not (tmp_path / "runs").exists()  # the clone is where the entry looks for it
-    with pytest.raises(SystemExit, match="results/common.py --seed 300 is no entry"):
-        challenge.run(["results/common.py"], 300)
+    assert not Path("runs").exists()  # the clone is where the entry looks for it
+    (workplace / "nothing.py").touch()
+    with pytest.raises(SystemExit, match="nothing.py --seed 0 is no entry"):
+        challenge.run(["nothing.py"], 0)
 
 
 def test_the_table_of_entries_stands_near_the_top_of_its_page():

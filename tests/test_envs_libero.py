@@ -24,7 +24,6 @@ from scipy.spatial.transform import Rotation
 from conftest import ROOT
 from envs import libero, libero_demos
 from envs.workers import tokens
-from test_envs_workers import loaded_by_imports
 
 sim = pytest.mark.sim
 SOUP = "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5"
@@ -101,8 +100,8 @@ def play(simulator, number, actions):
 # Without a simulator
 
 
-def test_importing_loads_no_simulator():
-    assert not {"mujoco", "robosuite", "libero", "h5py"} & loaded_by_imports()
+def test_importing_loads_no_simulator(loaded_by_imports):
+    assert not {"mujoco", "robosuite", "libero", "h5py"} & loaded_by_imports
 
 
 def test_suites_and_their_errors():

@@ -13,7 +13,6 @@ import torch
 import conftest  # noqa: F401  (the way to envs)
 from envs import maniskill as mani, pad_words
 from envs.workers import ChunkEnv, tokens
-from test_envs_workers import loaded_by_imports
 
 sim = pytest.mark.sim
 
@@ -63,8 +62,8 @@ def grasp(simulator, seed):
     return state
 
 
-def test_importing_loads_no_simulator():
-    assert not {"mani_skill", "sapien"} & loaded_by_imports()
+def test_importing_loads_no_simulator(loaded_by_imports):
+    assert not {"mani_skill", "sapien"} & loaded_by_imports
 
 
 def told_of_workers(*args, **more):

@@ -5,8 +5,6 @@ import functools
 import math
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,20 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT  # (the way to envs, for the worker processes as well)
+import conftest  # noqa: F401  (the way to envs, for the worker processes as well)
 from envs import workers
-
-
-@functools.cache
-def loaded_by_imports():
-    """The packages that a fresh process has loaded once it has imported every script and world."""
-    code = ("import importlib, sys\n"
-            "for name in ('envs.libero_demos', 'envs.maniskill', 'envs.my_world', 'envs.pixel_gap',"
-            "             '04_train_libero', '05_train_maniskill'): importlib.import_module(name)\n"
-            "print(*{name.split('.')[0] for name in sys.modules})")
-    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE)
-    return set(done.stdout.split())
 
 
 # ------------------------------------------------------------------------------------------------

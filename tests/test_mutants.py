@@ -9,10 +9,9 @@ import functools
 import inspect
 import textwrap
 
-import numpy as np
 import pytest
-import torch
 
+from conftest import seed_all
 from envs import gap_world
 import test_01_flow_policy as t1
 import test_02_sde_sampler as t2
@@ -542,9 +541,14 @@ def mutate(module, name, code, mistake):
 
 
 def run(test):
-    torch.manual_seed(0)
-    np.random.seed(0)
+    seed_all()
     test()
+
+
+@functools.cache
+def run_once(test):
+    """With the real code: several functions list the same test."""
+    run(test)
 
 
 def passes(test):
@@ -558,7 +562,7 @@ def passes(test):
 @pytest.mark.parametrize("module, name, tests", MUTANTS, ids=lambda x: x if type(x) is str else "")
 def test_the_real_code_passes(module, name, tests):
     for test in tests:
-        run(test)
+        run_once(test)
 
 
 @pytest.mark.parametrize("module, name, tests, what, code, mistake", [

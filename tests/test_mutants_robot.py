@@ -21,7 +21,7 @@ import test_tools_ranks as tr
 import test_tools_run as tu
 from envs import libero, libero_demos, pixel_gap, workers
 from policies import small
-from test_mutants import mutate, passes, run as run_test
+from test_mutants import mutate, passes, run_once
 from tools import flags, log, ranks, run
 
 partial = functools.partial
@@ -563,7 +563,7 @@ MUTANTS = {
 @pytest.mark.parametrize("module, name, tests", MUTANTS, ids=lambda x: x if type(x) is str else "")
 def test_the_real_code_passes(module, name, tests):
     for test in tests:
-        run_test(test)
+        run_once(test)
 
 
 @pytest.mark.parametrize("module, name, tests, what, code, mistake", [

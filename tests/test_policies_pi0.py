@@ -16,7 +16,6 @@ from envs import libero
 from envs.workers import follow_expert, tokens
 from policies import credited, load_policy, pi0
 from test_envs_libero import gl, kept_simulators, recorded  # noqa: F401 (fixtures)
-from test_envs_workers import loaded_by_imports
 from tools import run
 from toy_robot import ran
 
@@ -58,8 +57,8 @@ def noise(rows):
 # The network
 
 
-def test_importing_loads_no_transformers():
-    assert "policies" in loaded_by_imports() and "transformers" not in loaded_by_imports()
+def test_importing_loads_no_transformers(loaded_by_imports):
+    assert "policies" in loaded_by_imports and "transformers" not in loaded_by_imports
 
 
 def test_its_samples_are_those_of_sample_actions(folder):

@@ -500,7 +500,9 @@ def test_the_script_in_parallel_with_a_subset_by_name(workplace):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    """`train` replaced: success is the seed / 100 + how near lr is to 3e-4; and no SFT."""
+    """`train` replaced: success is the seed / 100 + how near lr is to 3e-4; and no SFT. Git is not
+    asked for the commit of each of hundreds of rows, either."""
+    monkeypatch.setattr(common.subprocess, "getstatusoutput", lambda command: (0, "a commit"))
     monkeypatch.setattr(variants, "train", lambda args: None)
     monkeypatch.setattr(variants, "score", lambda _, args: [0.5, args.seed / 1e3 + 1e-2 * (
         args.lr == 3e-4) + 1e-3 * (args.ema == [0.9, 0.9])])

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy import stats
 
 import conftest  # noqa: F401  (the way to the scripts)
 
@@ -123,6 +122,7 @@ def test_two_settings_both_play_every_seed(tmp_path):
 
 @pytest.mark.parametrize("seeds", [2, 5, 12])
 def test_a_difference_is_paired_by_seed_with_scipys_interval(seeds):
+    from scipy import stats  # not at the top: every worker process would load it
     a, b = np.random.default_rng(seeds).random((2, seeds))
     order = np.random.default_rng(1).permutation(seeds)
     mean, low, high = common.difference({s: a[s] for s in range(seeds)},
@@ -137,8 +137,8 @@ def test_a_difference_is_paired_by_seed_with_scipys_interval(seeds):
 
 
 def test_what_a_script_printed_last_is_read():
-    told = common.call("03_step_loss.py --help")
-    assert "--noise-level" in told
+    told = common.call("notebooks/execute.py --help")
+    assert "NAME" in told
     line = "progress\nRESULT sft=0.540 stepnft=0.751 episodes=81920 saved=a=b\n"
     assert common.result_line(line) == {"sft": "0.540", "stepnft": "0.751", "episodes": "81920",
                                         "saved": "a=b"}
@@ -148,12 +148,12 @@ def test_what_a_script_printed_last_is_read():
 
 def fail(job):
     """A run that can be sent to another process."""
-    common.call("01_flow_policy.py --nonsense")
+    common.call("notebooks/execute.py --nonsense")
 
 
 def test_a_script_that_fails_is_named_in_one_line_and_leaves_no_row(tmp_path, capfd):
     """In a process of its own; in this one: test_results_libero."""
-    with pytest.raises(SystemExit, match="for the reason above: 01_flow_policy.py --nonsense$"):
+    with pytest.raises(SystemExit, match="for the reason above: notebooks/execute.py --nonsense$"):
         common.collect(jobs_of([1, 2]), fail, tmp_path / "a.csv", 2)
     assert "--nonsense" in capfd.readouterr().err and not list(tmp_path.iterdir())
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import ROOT, result_line, run_script, wrong_call
+from conftest import ROOT, result_line, run_process, run_script, wrong_call
 from policies import build_policy
 from policies.small import RobotPolicy
 from tools.log import log_row
@@ -215,10 +215,10 @@ def test_a_test_out_of_distribution_leaves_that_of_the_run_alone(monkeypatch, tm
 
 
 def test_a_run_that_fails_is_named_in_one_line(capfd, tmp_path, monkeypatch):
-    monkeypatch.setattr(protocol, "command_of", lambda job: "01_flow_policy.py --nonsense")
+    monkeypatch.setattr(protocol, "command_of", lambda job: "notebooks/execute.py --nonsense")
     monkeypatch.setattr(sys, "argv", [SCRIPT, "--suite", "libero_10", "--runs", str(tmp_path),
                                       "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="01_flow_policy.py --nonsense --out [^ ]*seed0$"):
+    with pytest.raises(SystemExit, match="notebooks/execute.py --nonsense --out [^ ]*seed0$"):
         protocol.main()
     assert not list((tmp_path / "out").iterdir())
 
@@ -267,7 +267,7 @@ def test_filtered_cloning_runs_as_04_does(tmp_path):
     policy = build_policy(robot.policy_config(args))
     policy.fit_normalisation({"state": torch.randn(9, args.state_dim)}, torch.rand(9, 1, 7))
     save(tmp_path / "clone.pt", policy, args)
-    done = run_script("results/libero/filtered_bc.py", *(
+    done = run_process("results/libero/filtered_bc.py", *(
         "--sft clone.pt --iterations 1 --episodes 8 --max-steps 4 --test-max-steps 4 --num-envs 1 "
         "--test-states 1 --test-episodes 1 --eval-episodes 1 --out run").split(), cwd=tmp_path)
     assert {"sft", "filtered_bc"} < result_line(done).keys()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import result_line, run_script, wrong_call
+from conftest import result_line, run_process, wrong_call
 from policies import build_policy
 from policies.small import RobotPolicy
 from tools.run import save
@@ -50,7 +50,7 @@ def test_a_row_for_each_task_and_noise(tmp_path):
     policy = build_policy(robot.policy_config(args))
     policy.fit_normalisation({"state": torch.randn(9, args.state_dim)}, torch.rand(9, 1, 7))
     save(tmp_path / "clone.pt", policy, args)
-    done = run_script(SCRIPT, "clone.pt", "--episodes", "1", "--num-envs", "1", "--out",
+    done = run_process(SCRIPT, "clone.pt", "--episodes", "1", "--num-envs", "1", "--out",
                       "found/rows.csv", cwd=tmp_path)
     assert result_line(done)["rows"] == 4
     rows = common.read(tmp_path / "found/rows.csv")

@@ -77,7 +77,7 @@ def test_the_pull_goes_with_the_label_and_crosses_at_half(workplace, monkeypatch
     monkeypatch.chdir(workplace)
     policy = mechanism.flow.toy_policy(0)
     monkeypatch.setattr(gap_world, "GapWorld", Coin)
-    failures, pulls = mechanism.pull(policy, 0.2, gap_world.episode_seeds("test", 10), 200)
+    failures, pulls = mechanism.pull(policy, 0.2, gap_world.episode_seeds("test", 10), 200, 10)
     assert failures.shape == (10,) and pulls.shape == (10, 4)
     for k in range(3):                 # in the last step hardly anything is systematic
         np.testing.assert_allclose(pulls[:, k], 1 - 2 * failures, atol=0.35)

@@ -11,6 +11,7 @@ from scipy import stats
 
 import conftest  # noqa: F401  (the way to the scripts)
 from envs import pixel_gap as world
+from envs.gap_world import episode_seeds
 from policies import load_policy
 
 pixel_gap, statistic, common = map(importlib.import_module, (
@@ -170,8 +171,10 @@ def study_in(folder, monkeypatch, capsys, *flags):
     """The whole study with less of everything -> its RESULT line."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(common, "ROUNDS", ((100,), (101,)))
-    monkeypatch.setattr(pixel_gap, "TESTED", (10, 20))
-    monkeypatch.setitem(compare.PIXEL_GAP, "sft_steps", 20)
+    monkeypatch.setattr(pixel_gap, "TESTED", (10, 10))
+    monkeypatch.setattr(pixel_gap, "episode_seeds", lambda split, count, *rest, **more: (
+        episode_seeds(split, min(count, 32), *rest, **more)))      # 512 watch a critic
+    monkeypatch.setitem(compare.PIXEL_GAP, "sft_steps", 3)
     monkeypatch.setattr(sys, "argv", ["run.py", "--seeds", "2", "--dose-seeds", "1",
                                       "--iterations", "1", "--episodes", "8", "--jobs", "1",
                                       "--out", "out", *flags])

@@ -6,7 +6,6 @@ import importlib
 import os
 import socket
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import conftest  # noqa: F401  (the way to the scripts)
+from conftest import made_once
 from tools import ranks
 
 flow, nft = map(importlib.import_module, ("01_flow_policy", "03_step_loss"))
@@ -334,15 +333,21 @@ def one_of_two_ranks(rank, port, folder):
     torch.save(told, folder / f"{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def two():
-    """-> what each of two ranks told, and the folder."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as s:
+def run_two_ranks(folder):
+    with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-        s.close()
-        torch.multiprocessing.spawn(one_of_two_ranks, (port, Path(folder)), nprocs=2)
-        yield [torch.load(f"{folder}/{rank}.pt") for rank in range(2)], Path(folder)
+    # a process that imports for both of them
+    torch.multiprocessing.set_forkserver_preload(["test_tools_ranks", "toy_robot", "torch._dynamo"])
+    torch.multiprocessing.start_processes(one_of_two_ranks, (port, folder), nprocs=2,
+                                          start_method="forkserver")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """-> what each of two ranks told, and the folder."""
+    folder = made_once(tmp_path_factory, "two_ranks", run_two_ranks)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)], folder
 
 
 def test_ranks_with_equal_rows_update_like_one_with_the_joined_batch(two):
