@@ -186,7 +186,7 @@ def test_the_study_tiny_and_again(tmp_path, monkeypatch, capsys):
     told = study_in(tmp_path, monkeypatch, capsys)
     files = {name: common.read(tmp_path / "out" / f"{name}.csv") for name in (
         "tuning", "main", "dose", "verdicts")}
-    assert len(files["tuning"]) == 4 * (12 + 6) and {r["seed"] for r in files["tuning"]} == {
+    assert len(files["tuning"]) == 4 * (4 + 3) and {r["seed"] for r in files["tuning"]} == {
         "100", "101"}
     assert len(files["main"]) == 4 * 2 * 2 and len(files["dose"]) == 2 * 2 * 2
     for row in files["main"]:

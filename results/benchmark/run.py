@@ -149,9 +149,10 @@ def pick_policy():
 def update_args(**changes):
     """05's defaults, as its functions want them."""
     return types.SimpleNamespace(**{
-        "num_steps": 4, "noise_level": 0.3, "group_size": 8, "max_steps": 24, "horizon": 4,
-        "epochs": 1, "minibatch": 512, "transitions": "all", "target": "next", "beta": 1.0,
-        "max_drift": 0.5, "dpo_beta": 1.0, "target_kl": 0.05, "device": "cpu", **changes})
+        "algo": "stepnft", "num_steps": 4, "noise_level": 0.3, "group_size": 8, "max_steps": 24,
+        "horizon": 4, "epochs": 1, "minibatch": 512, "transitions": "all", "target": "next",
+        "beta": 1.0, "max_drift": 0.5, "dpo_beta": 1.0, "target_kl": 0.05, "device": "cpu",
+        **changes})
 
 
 def compare_updates(chunks=2048, repeats=15):
@@ -176,7 +177,7 @@ def compare_updates(chunks=2048, repeats=15):
     def ppo():
         own = dict(batch)
         own["y"] = critics.advantages(policy, critic, own, success, args)
-        info = critics.ppo_update(policy, critic, both, own, args)
+        info = critics.ppo_update(policy, critic, both, own, update_args(algo="ppo"))
         assert info["resting"] == 0, "the policy rested: this is not a whole update"
 
     methods = {"pi-StepNFT, one step of a chunk": one_step, "PPO, one step of a chunk": ppo,
