@@ -38,7 +38,7 @@ flow, sde, nft = map(importlib.import_module,
                      ("01_flow_policy", "02_sde_sampler", "03_step_loss"))
 
 # ------------------------------------------------------------------------------------------------
-# Three ways to learn from a rollout. First the method.
+# Four ways to learn from a rollout. First the method.
 
 
 def update(policy, optimizer, batch, args):
@@ -69,7 +69,8 @@ def update(policy, optimizer, batch, args):
 
 
 # Then PPO with a critic, and GRPO, the same without one. Their likelihood is that of one noisy
-# step: the other steps of a chunk are the ODE's (Flow-SDE, as in the paper's baselines).
+# step: the other steps of a chunk are the ODE's (Flow-SDE, as in the paper's baselines). For
+# ppo-action it is that of the chunk, with noise added at the end.
 
 
 def one_noisy_step(policy, num_steps, noise_level):
@@ -83,7 +84,8 @@ def one_noisy_step(policy, num_steps, noise_level):
 
 
 def noisy_chunk(policy, num_steps, noise_level):
-    """An `act` for a world's `play`: the ODE's chunk, and noise on each of its actions instead."""
+    """An `act` for a world's `play`: no noise on the way, but on the finished chunk, with standard
+    deviation noise_level in flow units."""
     def act(obs):
         x = flow.ode_path(policy, obs, num_steps)                              # (B, K+1, H, A)
         chunk = x[:, -1] + noise_level * torch.randn_like(x[:, -1])
@@ -130,7 +132,7 @@ def log_prob(v, x_t, x_next, t_cur, t_next, sigma, mask):
 
 
 def step_log_ratio(policy, part, ctx, args):
-    """log of the new over the old likelihood of each row's noisy step: (B,)."""
+    """log of the new over the old likelihood of each row's noisy step (executed actions): (B,)."""
     steps = nft.recorded_steps(policy, part, ctx)
     _, _, v_theta, v_old = (steps.pop(name) for name in ("y", "x_0", "v_theta", "v_old"))
     v_theta = credited(policy, v_theta, v_old)
@@ -138,7 +140,8 @@ def step_log_ratio(policy, part, ctx, args):
 
 
 def chunk_log_ratio(policy, part, ctx, args):
-    """The same of the noisy chunk, N(x_0, noise_level^2): the ODE is differentiated from x_1 on."""
+    """The same of the noisy chunk, N(x_0, noise_level^2), over its executed actions: (B,). The ODE
+    is differentiated from x_1 on."""
     times = sde.time_grid(args.num_steps).to(part["x"].device)
     x_t = part["x"][:, 0]
     for t, t_next in zip(times, times[1:]):
@@ -194,10 +197,12 @@ def ppo_update(policy, critic, optimizer, batch, args, clip=0.2):
                 return nft.mean_info(infos)
             loss = 0 if resting else loss
             if critic:
-                error = critic(ctx, part["elapsed"]) - part["returns"]
+                seen = ctx.detach() if resting else ctx  # a shared encoder rests, too
+                error = critic(seen, part["elapsed"]) - part["returns"]
                 info["value_loss"] = error.pow(2).mean() / 2
                 loss = loss + info["value_loss"]
-            # the policy's gradient alone is clipped: the critic's must not shorten it
+            # the policy's gradient alone is clipped: the critic's must not shorten it (a shared
+            # encoder's is the sum of both)
             info["grad_norm"] = nft.optimise(policy, optimizer, loss, grad_clip=1.0)
             infos.append({name: value.detach() for name, value in info.items()})
     return nft.mean_info(infos)
@@ -301,7 +306,7 @@ def parse_args(argv=None):
         help="the method; PPO with a critic; the group's mean in its place; PPO with its noise on "
         "the executed actions")
     add("--target-kl", type=flags.positive_float, default=0.05,
-        help="ppo, grpo: the policy rests once an update has moved it so far")
+        help="ppo, ppo-action, grpo: the policy rests once an update has moved it so far")
     add("--scenes", type=flags.positive_int, default=64, help="PixelGap: how many training has")
     add("--eval-ood", action="store_true", help="also test out of distribution")
     add("--ood-episodes", type=flags.positive_int, default=200, help="episodes of each variant")

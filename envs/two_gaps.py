@@ -65,10 +65,10 @@ def picture(background, gaps, half):
 
 @functools.cache
 def scene(number):
-    """What a training scene is: (texture, (upper u, lower u), index of its pair, swapped?)."""
+    """What a training scene is: (texture, (upper u, lower u), a number for its pair, swapped?)."""
     rng = np.random.default_rng([3, number])
     places = tuple(rng.uniform(0, 1, 2))
-    return number, places, int(rng.integers(len(SEEN_PAIRS))), rng.random() < 0.5
+    return number, places, int(rng.integers(2**16)), rng.random() < 0.5
 
 
 class TwoGaps(PixelGap):
@@ -100,7 +100,7 @@ class TwoGaps(PixelGap):
             gaps = [(centre, COLORS[name]) for centre, name in zip(centres, names)]
             if changes["third"]:  # above or below both, of a colour that neither has
                 third = [name for name in COLORS if name not in names][other % 4]
-                gaps.append(((0.75, -0.75)[other % 2], COLORS[third]))
+                gaps.append(((0.75, -0.75)[other // 4 % 2], COLORS[third]))
             images.append(picture(grey(background), gaps, self.gap + self.radius))
             words.append(tokens(SENTENCES[changes["sentence"]].format(names[named])))
             heights.append(np.sign(y) * (low + (high - low) * abs(y)))

@@ -46,7 +46,8 @@ def gap_of(image, color):
                 for name, rgb in COLORS.items()}
         off = {name: np.abs(row - share * (255 - np.array(COLORS[name]))).sum()
                for name, share in fits.items()}
-        shares.append(fits[color] if min(off, key=off.get) == color else 0.0)
+        best = min(off, key=off.get)
+        shares.append(fits[color] if best == color and fits[color] > 0.02 else 0.0)  # not a rounding
     return np.dot(shares, HEIGHTS) / max(np.sum(shares), 1e-9)
 
 
@@ -103,6 +104,19 @@ def test_the_variants_change_what_they_say_and_nothing_else():
     for image, words in zip(obs["rgb"][:, 0], obs["tokens"]):
         shown = [name for name in COLORS if abs(gap_of(image, name)) > 0.1]
         assert tuple(shown) in two_gaps.UNSEEN_PAIRS and named(words) in shown
+
+
+def test_every_pair_that_is_asked_for_is_shown_and_a_third_gap_in_every_colour_on_both_sides():
+    world, everything = TwoGaps(scenes=10**6), [*two_gaps.SEEN_PAIRS, *two_gaps.UNSEEN_PAIRS]
+    world.change({"pairs": everything, "third": True})
+    obs, pairs, thirds = world.reset(gap_world.episode_seeds("demo", 400)), set(), set()
+    for image in obs["rgb"][:, 0]:
+        heights = {name: gap_of(image, name) for name in COLORS}
+        shown = {name: height for name, height in heights.items() if abs(height) > 0.1}
+        third, = [name for name, height in shown.items() if abs(height) > 0.6]
+        pairs.add(tuple(name for name in shown if name != third))
+        thirds.add((third, shown[third] > 0))
+    assert pairs == set(everything) and len(thirds) == 12
 
 
 def test_a_seed_is_an_episode_alone_and_in_company():

@@ -55,9 +55,9 @@ def test_the_shared_critic_is_the_other_one_on_the_same_weights():
     assert torch.equal(a(ctx, elapsed), b(ctx, elapsed))
 
 
-def run_rows(success, semantic, arm, seed):
+def run_rows(success, semantic, method, seed):
     """A run as main.csv holds it; its four semantic columns differ, their mean is `semantic`."""
-    return [{"arm": arm, "seed": seed, "iteration": str(20 * i), "id": str(s),
+    return [{"method": method, "seed": seed, "iteration": str(20 * i), "id": str(s),
              "pairs": str(o - 0.1), "words": str(o + 0.1), "order": str(o), "third": str(o),
              "textures": "0.3", "gaps": "0.5", "starts": "0.2"}
             for i, (s, o) in enumerate(zip(success, semantic))]
@@ -65,7 +65,7 @@ def run_rows(success, semantic, arm, seed):
 
 @pytest.mark.parametrize("gain, spread, verdict", [
     (0.08, 0.01, "supported"), (0.03, 0.005, "not supported here"), (0.03, 0.05, "undecided"),
-    (-0.1, 0.01, "not supported here"), (0.045, 0.03, "undecided")])
+    (-0.1, 0.01, "contradicted"), (0.045, 0.03, "undecided")])
 def test_a_verdict_follows_the_rule_that_was_fixed(gain, spread, verdict):
     rows, x = [], np.linspace(0, 1, 9)
     gains = gain + spread * np.array([-1, -0.3, 0.3, 1.0])
@@ -83,28 +83,29 @@ def test_a_verdict_follows_the_rule_that_was_fixed(gain, spread, verdict):
     assert found["vision", "at the end"]["mean"] == 0
 
 
-@pytest.mark.parametrize("arm", meaning.ARMS)
-def test_every_setting_of_the_grid_is_flags_that_05_takes(arm, tmp_path):
-    for setting in meaning.grid(arm):
-        flags = {"algo": arm.removesuffix("-shared"), "iterations": 240, "seed": 3, **setting}
+@pytest.mark.parametrize("method", meaning.METHODS)
+def test_every_setting_of_the_grid_is_flags_that_05_takes(method, tmp_path):
+    for setting in meaning.grid(method):
+        flags = {"algo": method.removesuffix("-shared"), "iterations": 240, "seed": 3, **setting}
         args = meaning.compare.parse_args(["--task", "PixelGap", "--out", str(tmp_path),
                                            *meaning.pixel_gap.flags_of(flags)])
         assert (args.lr, args.noise_level) == (setting["lr"], setting["noise_level"])
-    assert len({common.key(setting) for setting in meaning.grid(arm)}) == 6
+    assert len({common.key(setting) for setting in meaning.grid(method)}) == 6
 
 
 def test_the_study_tiny_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "ROUNDS", ((100,), (101,)))
-    monkeypatch.setattr(meaning, "TESTED", (10, 20))
+    monkeypatch.setattr(meaning, "WHILE_TRAINING", 10)
+    monkeypatch.setattr(meaning, "AT_THE_END", 20)
     for name, steps in (("eyes", 3), ("clone_of", 5)):
         monkeypatch.setattr(getattr(eyes, name), "__defaults__", (steps,))
-    monkeypatch.setattr(meaning, "grid", lambda arm, grid=meaning.grid: grid(arm)[:2])
+    monkeypatch.setattr(meaning, "grid", lambda method, grid=meaning.grid: grid(method)[:2])
     monkeypatch.setattr(sys, "argv", ["run.py", "--seeds", "2", "--iterations", "1", "--episodes",
                                       "8", "--jobs", "1", "--out", "out"])
     meaning.main()
     rows = common.read(tmp_path / "out/main.csv")
-    assert len(rows) == 3 * 2 * 2 and {row["arm"] for row in rows} == set(meaning.ARMS)
+    assert len(rows) == 3 * 2 * 2 and {row["method"] for row in rows} == set(meaning.METHODS)
     starts = {}
     for row in rows:
         if row["iteration"] == "0":                     # one clone a seed, tested alike

@@ -25,21 +25,24 @@ class AskedPolicy(SmallImagePolicy):
     before the spatial softmax says where that is."""
 
     def __init__(self):
+        maps, sentence = 16, 64
         super().__init__(horizon=4, action_dim=2, state_dim=2, cameras=1, language=True, width=128,
-                         depth=3, context=2 + 2 * 16 + 64)
+                         depth=3, context=2 + 2 * maps + sentence)  # the state; x and y of a map
         self.image_encoder = nn.Sequential(nn.Conv2d(3, 32, 3), nn.SiLU())
-        self.asked, self.maps = nn.Linear(64, 2 * 32), nn.Conv2d(32, 16, 1)
+        self.film, self.maps = nn.Linear(sentence, 2 * 32), nn.Conv2d(32, maps, 1)
 
     def encode(self, obs):
-        asked = torch.cat([obs["tokens"], obs["rgb"].flatten(1)], dim=1)
-        asked, which = asked.unique(dim=0, return_inverse=True)   # few in a batch: each once
-        text = self.read(asked[:, :-3 * 16 * 16])                                 # (n, 64)
-        images = asked[:, -3 * 16 * 16:].view(-1, 3, 16, 16)
-        features = self.image_encoder(images.float() / 255 - 0.5)                 # (n, 32, h, w)
-        scale, shift = self.asked(text)[:, :, None, None].chunk(2, dim=1)
+        """obs: state (B, 2), rgb (B, 1, 3, 16, 16) and tokens (B, L) uint8 -> ctx (B, 98)."""
+        pixels = obs["rgb"].flatten(1)                                            # (B, 768)
+        both = torch.cat([pixels, obs["tokens"]], dim=1)
+        both, which = both.unique(dim=0, return_inverse=True)   # few in a batch: each once, n
+        images, tokens = both.split([pixels.shape[1], obs["tokens"].shape[1]], dim=1)
+        text = self.read(tokens)                                                  # (n, 64)
+        features = self.image_encoder(images.view(-1, 3, 16, 16).float() / 255 - 0.5)
+        scale, shift = self.film(text)[:, :, None, None].chunk(2, dim=1)
         maps = self.maps(F.silu(features * (1 + scale) + shift))                  # (n, 16, h, w)
-        seen = torch.cat([spatial_softmax(3 * maps), text], dim=-1)
-        return torch.cat([self.feel(obs), seen[which]], dim=-1)
+        places = spatial_softmax(3 * maps)                             # 3: sharper from the start
+        return torch.cat([self.feel(obs), torch.cat([places, text], dim=1)[which]], dim=1)
 
 
 class SharedCritic(Critic):
@@ -50,8 +53,8 @@ class SharedCritic(Critic):
 
 
 def eyes(steps=3000):
-    """A policy that has learned where the named gap is, in every kind of scene, and nothing about
-    how to move: one for all seeds."""
+    """A policy that has learned where the named gap is, with every pair and sentence, with and
+    without a third gap, and nothing about how to move: one for all seeds."""
     path = Path(FOLDER, "eyes.pt")
     torch.manual_seed(0)
     policy = AskedPolicy()
@@ -87,7 +90,7 @@ def clone_of(seed, steps=1500):
     if not path.exists():
         torch.manual_seed(seed)
         world = two_gaps.TwoGaps(SCENES, demos=True)
-        world.change({"starts": (0.0, 0.3)})
+        world.change({"starts": (0.0, 0.3)})   # as PixelGap's demonstrations
         demos = scripted_demos(world, [episode_seeds("demo", 10 * DEMOS, seed)], DEMOS)
         chunks = torch.cat([flow.sliding_chunks(actions, policy.horizon) for _, actions in demos])
         obs = {name: torch.cat([obs[name] for obs, _ in demos]) for name in demos[0][0]}

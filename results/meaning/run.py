@@ -37,20 +37,20 @@ from envs.gap_world import episode_seeds  # noqa: E402
 from tools import flags  # noqa: E402
 from tools.log import log_row  # noqa: E402
 
-ARMS = ("stepnft", "ppo", "ppo-shared")
+METHODS = ("stepnft", "ppo", "ppo-shared")
 CONDITIONS = dict(zip(("id", "pairs", "words", "order", "third", "textures", "gaps", "starts"),
                       (changes for _, _, changes in two_gaps.VARIANTS)))
 SEMANTIC, VISION = ("pairs", "words", "order", "third"), ("textures", "gaps")
-TESTED = 400, 1000                     # episodes in each condition: while training, at the end
+WHILE_TRAINING, AT_THE_END = 400, 1000     # test episodes in each condition
 
 
 # ------------------------------------------------------------------------------------------------
 # One run
 
 
-def grid(arm):
+def grid(method):
     """Six settings: learning rate, and what holds the method back; widths are PixelGap's best."""
-    if arm == "stepnft":
+    if method == "stepnft":
         stops = [{"noise_level": 0.5, "ema": ema, "target_kl": ""} for ema in
                  ("0.1 0.5", "0.1 0.995")]
     else:
@@ -63,11 +63,12 @@ def run(job, split="test"):
     "validation": for the tuning, in distribution alone, one row: `after`, the mean of the last
     three."""
     start, rows, world = time.time(), [], two_gaps.TwoGaps(eyes.SCENES)
-    settings = {name: value for name, value in job.items() if name != "arm"}
-    settings["algo"] = job["arm"].removesuffix("-shared")
+    settings = {name: value for name, value in job.items() if name != "method"}
+    settings["algo"] = job["method"].removesuffix("-shared")
 
     def measure(iteration, policy, *_):
-        row = {"iteration": iteration, "episodes_each": TESTED[iteration == job["iterations"]]}
+        last = iteration == job["iterations"]
+        row = {"iteration": iteration, "episodes_each": AT_THE_END if last else WHILE_TRAINING}
         for condition, changes in CONDITIONS.items():
             if split == "test" or condition == "id":
                 world.change(changes)
@@ -77,10 +78,11 @@ def run(job, split="test"):
         rows.append(row)
 
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
+        # 05's settings are PixelGap's; the world is TwoGaps
         args = compare.parse_args(["--task", "PixelGap", *pixel_gap.flags_of(settings), "--out",
                                    out, "--device", "cpu"])
         pixel_gap.train(args, eyes.clone_of(job["seed"]), world, measure,
-                        eyes.SharedCritic if job["arm"] == "ppo-shared" else eyes.Critic)
+                        eyes.SharedCritic if job["method"] == "ppo-shared" else eyes.Critic)
     told = {"seconds": round(time.time() - start), **common.origin("results/meaning/run.py")}
     if split == "validation":
         return {"after": np.mean([row["id"] for row in rows[1:][-3:]]), **told}
@@ -94,14 +96,23 @@ run_validation = functools.partial(run, split="validation")
 # The statistic
 
 
+def verdict(mean, half):
+    """What a difference in points, with half of its 95 % interval, says of the paper's claim."""
+    if mean + half < 0:
+        return "contradicted"
+    if mean + half < 5:
+        return "not supported here"
+    return "supported" if mean >= 5 and mean - half > 0 else "undecided"
+
+
 def verdicts(rows):
     """Paired differences over seeds, in points: of each axis where both first have the highest
     in-distribution success that both reach, and at the end."""
     runs, found = {}, []
     for row in rows:
-        runs.setdefault((row["arm"], row["seed"]), []).append(row)
+        runs.setdefault((row["method"], row["seed"]), []).append(row)
     for a, b in (("stepnft", "ppo"), ("stepnft", "ppo-shared"), ("ppo", "ppo-shared")):
-        seeds = [seed for arm, seed in runs if arm == a and (b, seed) in runs]
+        seeds = [seed for method, seed in runs if method == a and (b, seed) in runs]
         for axis, names in (("semantic", SEMANTIC), ("vision", VISION), ("execution", ["starts"]),
                             ("in distribution", ["id"])):
             for when, measure in (("at equal in-distribution success", statistic.matched),
@@ -112,9 +123,7 @@ def verdicts(rows):
                 mean, half = np.mean(points), common.half_interval(points)
                 found.append({"comparison": f"{a} - {b}", "axis": axis, "when": when,
                               "seeds": len(seeds), "mean": float(mean), "low": float(mean - half),
-                              "high": float(mean + half), "verdict": (
-                                  "supported" if mean >= 5 and mean > half else
-                                  "not supported here" if mean + half < 5 else "undecided")})
+                              "high": float(mean + half), "verdict": verdict(mean, half)})
     return found
 
 
@@ -123,22 +132,22 @@ def draw(rows, path):
     import matplotlib
     from matplotlib.figure import Figure
     figures = importlib.import_module("results.figures")
-    names = dict(zip(ARMS, ("π-StepNFT", "PPO", "PPO, shared encoder")))
-    colors = dict(zip(ARMS, (figures.BLUE, figures.ORANGE, figures.PURPLE)))
+    names = dict(zip(METHODS, ("π-StepNFT", "PPO", "PPO, shared encoder")))
+    colors = dict(zip(METHODS, (figures.BLUE, figures.ORANGE, figures.PURPLE)))
     with matplotlib.rc_context(figures.STYLE):
         fig = Figure(figsize=(12, 3.2))
         for ax, (title, columns) in zip(fig.subplots(1, 4, sharey=True), (
                 ("in distribution", ["id"]), ("semantic: asked otherwise", SEMANTIC),
                 ("vision: textures, gaps", VISION), ("execution: starts", ["starts"]))):
-            for arm, line in zip(ARMS, ("-", "--", ":")):
+            for method, line in zip(METHODS, ("-", "--", ":")):
                 own = {}
                 for row in rows:
-                    if row["arm"] == arm:
+                    if row["method"] == method:
                         own.setdefault(row["seed"], []).append(
                             np.mean([float(row[column]) for column in columns]))
                 x = sorted({int(row["iteration"]) for row in rows})
-                statistic.band(ax, x, np.array(list(own.values())), color=colors[arm],
-                               label=names[arm], ls=line)
+                statistic.band(ax, x, np.array(list(own.values())), color=colors[method],
+                               label=names[method], ls=line)
             ax.set(title=title, xlabel="iterations", ylim=(0, 1))
         fig.axes[0].set_ylabel("success")
         fig.axes[0].legend(fontsize=8)
@@ -159,12 +168,12 @@ def main():
     for seed in [*(s for seeds in common.ROUNDS for s in seeds), *range(args.seeds)]:
         eyes.clone_of(seed)  # once, before several workers need it
     jobs = []
-    for arm in ARMS:
-        method = {"arm": arm, "iterations": args.iterations, "episodes": args.episodes,
+    for method in METHODS:
+        one = {"method": method, "iterations": args.iterations, "episodes": args.episodes,
                   "eval_every": 40}
-        best, = common.tune([method], grid(arm), run_validation, args.out / "tuning.csv", args.jobs)
-        print(arm, *(f"{name}={common.text(value)}" for name, value in best.items()), flush=True)
-        jobs += [{**method, **best, "seed": seed} for seed in range(args.seeds)]
+        best, = common.tune([one], grid(method), run_validation, args.out / "tuning.csv", args.jobs)
+        print(method, *(f"{name}={common.text(value)}" for name, value in best.items()), flush=True)
+        jobs += [{**one, **best, "seed": seed} for seed in range(args.seeds)]
     jobs.sort(key=lambda job: job["seed"])
     common.collect(jobs, run, args.out / "main.csv", args.jobs)
     rows = common.rows_of(jobs, args.out / "main.csv")
