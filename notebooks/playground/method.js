@@ -84,9 +84,9 @@ function linear({ size_in, size_out, weight, bias }, inputs, outputs, rows) {
 }
 
 
-// The sigmoid at -16, -16 + 1/16, .., 16. Between them its Taylor series is exact to 1e-8, as its
-// derivatives are known, and three times as fast as the exponential function.
-const PER_UNIT = 16, LIMIT = 16;
+// The sigmoid at -16, -16 + 1/32, .., 16. From the nearest of them, two terms of its Taylor series
+// come as close as float32 does, and three times as fast as the exponential function.
+const PER_UNIT = 32, LIMIT = 16;
 const SIGMOID = Float64Array.from({ length: 2 * LIMIT * PER_UNIT + 1 },
   (_, i) => 1 / (1 + Math.exp(LIMIT - i / PER_UNIT)));
 
@@ -98,7 +98,7 @@ function silu(values, count) {
     const nearest = (clipped + LIMIT) * PER_UNIT + 0.5 | 0;
     const d = clipped + LIMIT - nearest / PER_UNIT;
     const s = SIGMOID[nearest], slope = s * (1 - s);
-    values[i] = value * (s + d * slope * (1 + d * (0.5 - s) + d * d * (1 / 6 - slope)));
+    values[i] = value * (s + d * slope * (1 + d * (0.5 - s)));
   }
 }
 

@@ -84,7 +84,8 @@ async function replay() {
   draw_noise();
   for (const when of WHEN) played[when] = { success: [], trail: [], heights: [], path: null };
   for (let first = 0; first < EPISODES;) {
-    const last = first === 0 ? DRAWN : Math.min(EPISODES, first + 70);
+    const slice = Math.ceil(560 / state.num_steps);   // about as long whatever K is
+    const last = first === 0 ? DRAWN : Math.min(EPISODES, first + slice);
     for (const when of WHEN) {
       const { success, trail, path } = play(policies[when], first, last);
       const all = played[when];
