@@ -42,7 +42,8 @@ def test_make_playground_writes_it_from_the_two_checkpoints(tmp_path, monkeypatc
     torch.save(trained.state_dict(), tmp_path / "policy.pt")
     monkeypatch.setattr(making.flow, "toy_policy", lambda seed: copy)
     out = tmp_path / "playground.html"
-    monkeypatch.setattr("sys.argv", ["", "--policy", str(tmp_path / "policy.pt"), "--out", str(out)])
+    policy = tmp_path / "policy.pt"
+    monkeypatch.setattr("sys.argv", ["", "--policy", str(policy), "--out", str(out)])
     making.main()
     assert out.read_text() == HTML
     monkeypatch.setattr("sys.argv", ["", "--policy", str(tmp_path / "none.pt")])
@@ -124,10 +125,13 @@ def opened():
 @pytest.fixture
 def page(opened):
     """The page as it stands at first."""
-    opened.look(1000, 900)
-    opened.call("() => { scrollTo(0, 0); document.getElementById('start_over').click(); }")
     settle(opened)
-    return opened
+    first = opened.evaluate("({ ...playground.state })")
+    yield opened
+    opened.look(1000, 900)
+    if opened.evaluate("({ ...playground.state })") != first:
+        opened.call("() => document.getElementById('start_over').click()")
+        settle(opened)
 
 
 def settle(page):
