@@ -167,21 +167,27 @@ def sde_table(rows):
                       *(plus_minus(own.mean_of(part)) if part else "as at 0.2" for part in seen)])
     found = own.sde_over_ode(rows)
     for name in dict.fromkeys(comparison.split(",")[0] for comparison, _ in found):
-        shown = [points(row["low"], row["gain"], row["high"]) for noise in noises
-                 for comparison, row in found if comparison == f"{name}, noise {noise}"]
-        cells.append([name.replace("sde", "SDE").replace("ode", "ODE"), *shown])
+        by_noise = {comparison.split("noise ")[1]: points(row["low"], row["gain"], row["high"])
+                    for comparison, row in found if comparison.split(",")[0] == name}
+        cells.append([name.replace("sde", "SDE").replace("ode", "ODE"),
+                      *(by_noise.get(noise, "–") for noise in noises)])
     return cells
 
 
 def recovery_table(rows):
-    """Each way to train: success from each kind of start, mean ± half of the 95 % interval."""
+    """Each way to train: its settings, where training went, success from each kind of start, mean
+    ± half of the 95 % interval."""
     study, cells = common.load("recovery"), []
-    for arm, name in study.NAMES.items():
-        own = [row for row in rows if row["arm"] == ("ode" if arm == "sft" else arm)]
-        values = [[float(row["sft_" * (arm == "sft") + test]) for row in own]
+    for way, name in study.NAMES.items():
+        own = [row for row in rows if row["way"] == ("ode" if way == "sft" else way)]
+        values = [[float(row["sft_" * (way == "sft") + test]) for row in own]
                   for test in study.TESTS]
-        cells.append([name, *(plus_minus({"after": np.mean(one),
-                                          "half": common.half_interval(one)}) for one in values)])
+        outside = np.mean([float(row["training_outside"]) for row in own])
+        settings = ["–", "–"] if way == "sft" else [
+            f"{own[0]['ema'].replace(' ', '–')}, {float(own[0]['lr']):g}", f"{100 * outside:.1f}"]
+        cells.append([name, *settings, *(
+            plus_minus({"after": np.mean(one), "half": common.half_interval(one)})
+            for one in values)])
     return cells
 
 

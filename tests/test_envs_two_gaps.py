@@ -47,7 +47,8 @@ def gap_of(image, color):
         off = {name: np.abs(row - share * (255 - np.array(COLORS[name]))).sum()
                for name, share in fits.items()}
         best = min(off, key=off.get)
-        shares.append(fits[color] if best == color and fits[color] > 0.02 else 0.0)  # not a rounding
+        seen = best == color and fits[color] > 0.02                   # more than a rounding
+        shares.append(fits[color] if seen else 0.0)
     return np.dot(shares, HEIGHTS) / max(np.sum(shares), 1e-9)
 
 

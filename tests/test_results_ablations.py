@@ -572,7 +572,9 @@ def test_sde_over_ode_pairs_every_rollout_with_the_sde_of_its_noise(no_training,
     assert {row["seed"] for row in rows} == {"20", "21", "22"} and len(rows) == 7 * 3
     found = dict(tables.sde_over_ode(rows))
     assert set(found) == {f"sde - {name}, noise {noise}" for noise in ("0.2", "0.5") for name in (
-        "uncorrected (endpoint)", "ode (endpoint)", "ode (adaptive)")}
+        "uncorrected (endpoint)", "ode (endpoint)", "ode (adaptive)")} | {
+        "sde - ode (endpoint) of 0.2, noise 0.5"}
+    assert found["sde - ode (endpoint) of 0.2, noise 0.5"]["gain"] == pytest.approx(0.23)
     for noise, adaptive in (("0.2", 0.02 - 0.1), ("0.5", 0.05 - 0.1)):
         assert found[f"sde - ode (endpoint), noise {noise}"]["gain"] == pytest.approx(0.2)
         assert found[f"sde - ode (endpoint), noise {noise}"]["verdict"] == "shown"
@@ -610,6 +612,7 @@ def test_a_run_on_the_robot_is_05_from_the_seeds_own_clone(tmp_path, monkeypatch
     """The calls, without the simulator: the clone once, then each target from it."""
     asked = []
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.setattr(common, "call", lambda command: (asked.append(command.split()), (
         Path("runs/phase_robot/seed2").mkdir(parents=True, exist_ok=True),
         Path("runs/phase_robot/seed2/sft.pt").touch()), "x\nRESULT sft=0.4 stepnft=0.6 y=1")[-1])

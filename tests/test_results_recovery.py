@@ -64,11 +64,11 @@ def test_success_is_by_where_an_episode_starts(monkeypatch):
 def test_differences_are_paired_by_seed(tmp_path, capsys):
     rng, rows, values = np.random.default_rng(0), [], {}
     for seed in range(5):
-        for arm in ("ode", "next-0.5"):
-            values[arm, seed], sft = rng.random(), 0.1 * seed
-            rows.append({"arm": arm, "seed": str(seed), **{
+        for way in ("ode", "next-0.5"):
+            values[way, seed], sft = rng.random(), 0.1 * seed
+            rows.append({"way": way, "seed": str(seed), **{
                 name: str(value) for test in recovery.TESTS
-                for name, value in ((test, values[arm, seed]), (f"sft_{test}", sft))}})
+                for name, value in ((test, values[way, seed]), (f"sft_{test}", sft))}})
     recovery.verdicts(rows, tmp_path / "verdicts.csv")
     found = {row["comparison"]: row for row in common.read(tmp_path / "verdicts.csv")
              if row["test"] == "unvisited"}
@@ -95,18 +95,22 @@ def study_in(folder, monkeypatch, *flags):
 def test_the_study_tiny_and_an_arm_of_a_seed_alone(tmp_path, monkeypatch, capsys):
     study_in(tmp_path, monkeypatch, "--seeds", "2")
     rows = common.read(tmp_path / "out/recovery.csv")
-    assert {(row["arm"], row["seed"]) for row in rows} == {
-        (arm, seed) for arm in recovery.ARMS for seed in ("30", "31")}
+    assert {(row["way"], row["seed"]) for row in rows} == {
+        (way, seed) for way in recovery.WAYS for seed in ("30", "31")}
     assert (tmp_path / "out/recovery.png").stat().st_size > 1e4
-    assert "RESULT arms=5 runs=10" in capsys.readouterr().out
-    row = next(row for row in rows if row["arm"] == "next-0.5" and row["seed"] == "31")
+    assert "RESULT ways=5 runs=10" in capsys.readouterr().out
+    row = next(row for row in rows if row["way"] == "next-0.5" and row["seed"] == "31")
     study_in(tmp_path, monkeypatch, "next-0.5", "--seed", "31")             # nothing is tuned again
     told = capsys.readouterr().out
     assert f"unvisited={float(row['unvisited']):.3f} visited={float(row['visited']):.3f}" in told
     assert common.read(tmp_path / "out/recovery.csv") == rows
 
 
-def test_an_arm_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("call, named", [
+    ("next-0.3", "next-0.5"), ("ode --out results/recovery", "--out"), ("ode --seed 101", "--seed"),
+    ("--first-seed 95", "--seeds")])
+def test_a_call_that_cannot_work_is_one_line(call, named, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        study_in(tmp_path, monkeypatch, "next-0.3")
-    assert "next-0.5" in capsys.readouterr().err
+        study_in(tmp_path, monkeypatch, *call.split())
+    err = capsys.readouterr().err
+    assert named in err and len(err.strip().splitlines()) == 1 and not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ Next step, its mean and endpoint, each in six widths of noise and each tuned for
 seeds 100 to 103 (common.py). All else has the paper's values (variants.py).
 
 Run:     python results/ablations/phase.py             (576 runs, about 10 s each on one core)
-         python results/ablations/phase.py --targets next endpoint --noise-levels 0.2 --seeds 3
+         python results/ablations/phase.py --noise-levels 0.2 --seeds 3 --out runs/short
 Saves:   results/ablations/{phase.csv, phase_tuning.csv, verdicts.csv}
 """
 
@@ -15,12 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-flow, variants, tables, common = map(importlib.import_module, (
-    "01_flow_policy", "results.ablations.variants", "results.ablations.tables", "results.common"))
+variants, tables, common = map(importlib.import_module, (
+    "results.ablations.variants", "results.ablations.tables", "results.common"))
 from tools import flags  # noqa: E402  (the lines above tell where)
 
 TARGETS, NOISE_LEVELS = ("next", "next-mean", "endpoint"), (0.05, 0.1, 0.2, 0.3, 0.5, 0.8)

@@ -28,7 +28,7 @@ def run(job):
     """05 from the clone of this seed, which is made once."""
     folder, start = f"runs/phase_robot/seed{job['seed']}", time.time()
     rest = f"--seed {job['seed']} --eval-every 100 --eval-episodes 8"
-    if not Path(folder, "sft.pt").exists():
+    if not (common.ROOT / folder / "sft.pt").exists():
         common.call(f"05_train_maniskill.py {rest} --iterations 0 --test-episodes 8 --out {folder}")
     with tempfile.TemporaryDirectory() as out:
         command = (f"05_train_maniskill.py {rest} --iterations 12 --sft {folder}/sft.pt --target "
@@ -53,9 +53,9 @@ def main():
     common.collect(grid, run, tuning, desc="tuning")
     best = {}
     for row, job in zip(common.sort_rows(grid, tuning), grid):
-        arm = job["target"], job["noise_level"]
-        if arm not in best or float(row["after"]) > best[arm][0]:
-            best[arm] = float(row["after"]), job
+        which = job["target"], job["noise_level"]
+        if which not in best or float(row["after"]) > best[which][0]:
+            best[which] = float(row["after"]), job
     jobs = [{**job, "seed": seed} for seed in range(args.seeds) for _, job in best.values()]
     common.collect(jobs, run, args.out / "robot.csv")
     tables.show_phase(tables.phase_table(common.rows_of(jobs, args.out / "robot.csv")))

@@ -6,7 +6,7 @@ also goes on after Ctrl-C. A seed is a clone and a run from it; both kinds are s
 figure, not the numbers.
 
 Run:     python results/ablations/run.py               (368 runs, about 10 s each on one core)
-         python results/ablations/run.py default loss-weighted --seeds 3 --lr 3e-4
+         python results/ablations/run.py default loss-weighted --lr 3e-4 --out runs/short
          python results/ablations/run.py --list        (the names, with the paper's numbers)
 Saves:   results/ablations/{ablations.csv, ablations_tuning.csv, ablations.png, verdicts.csv}
 """
@@ -19,12 +19,10 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-flow, variants, tables, common = map(importlib.import_module, (
-    "01_flow_policy", "results.ablations.variants", "results.ablations.tables", "results.common"))
+variants, tables, common = map(importlib.import_module, (
+    "results.ablations.variants", "results.ablations.tables", "results.common"))
 from tools import flags  # noqa: E402  (the lines above tell where)
 
 
@@ -57,7 +55,7 @@ def parse_args():
     add("--lr", type=positive, nargs="+", default=[3e-4, 1e-3],
         help="Adam's learning rates to tune with; one: no tuning")
     add("--noise-level", type=positive, default=variants.BASE["noise_level"],
-        help="a, where none is ablated")
+        help="of the variants that do not vary it")
     common.add_toy_flags(parser, "results/ablations")
     args = parser.parse_args()
     for name in args.names:

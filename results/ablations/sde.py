@@ -5,7 +5,7 @@ slow enough for it: no step of an ODE was drawn from a Gaussian. Its noise level
 error, the "adaptive" error needs none. Each is tuned alike on seeds 100 to 103 (common.py), then
 played on eight seeds that no other study here has used.
 
-Run:     python results/ablations/sde.py               (155 runs, about 12 s each on one core)
+Run:     python results/ablations/sde.py               (147 runs, about 15 s each on one core)
 Saves:   results/ablations/{sde.csv, sde_tuning.csv, verdicts.csv}
 """
 
@@ -23,7 +23,7 @@ variants, tables, common = map(importlib.import_module, (
 from tools import flags  # noqa: E402  (the lines above tell where)
 
 NOISE_LEVELS = (0.2, 0.5)     # the paper's, and the toy world's best
-ARMS = [("sde", "endpoint"), ("uncorrected", "endpoint"), ("ode", "endpoint"), ("ode", "adaptive")]
+WAYS = [("sde", "endpoint"), ("uncorrected", "endpoint"), ("ode", "endpoint"), ("ode", "adaptive")]
 GRID = [{"ema": ema, "lr": lr} for ema in ("0.9 0.9", "0.9 0.995") for lr in (3e-4, 1e-3)]
 
 
@@ -44,7 +44,7 @@ def main():
     common.check_toy_flags(parser, args)
     compared = [{"rollout": rollout, "target": target, "noise_level": a,
                  "iterations": args.iterations, "episodes": args.episodes}
-                for a in NOISE_LEVELS for rollout, target in ARMS
+                for a in NOISE_LEVELS for rollout, target in WAYS
                 if target != "adaptive" or a == NOISE_LEVELS[0]]
     rows = common.tune_and_play(compared, GRID, run, args, "sde")
     for comparison, row in tables.sde_over_ode(rows):

@@ -27,7 +27,6 @@ FIGURES = {
     "EMA": dict.fromkeys(("default", "ema-0.1", "ema-0.9")),
     "beyond": dict.fromkeys(("default", "all-steps", "labels-grouped", "labels-centred")),
 }
-# The title as a picture: --phase plays every target in every width of noise
 
 
 def by_seed(rows, **wanted):
@@ -53,15 +52,18 @@ def summarise(rows):
     table = []
     for figure, variants in FIGURES.items():
         first = next(iter(variants))
-        shown = {row["variant"] for row in table}
+        already = {row["variant"] for row in table}
         names = [name for name in variants if by_seed(rows, variant=name)]
-        for name in names if set(names) - shown else []:  # not the comparison's basis alone
+        if set(names) <= already:  # nothing but what the others are compared with
+            continue
+        for name in names:
             after, base = (by_seed(rows, variant=v) for v in (name, first))
             own = {s: v for s, v in after.items() if s in base} if name != first else {}
             gain, low, high = common.difference(own, base) if own else [np.nan] * 3
             said = None if variants[name] is None else variants[name] - variants[first]
-            verdict = "" if name == first or not said or np.isnan(low) else (
-                "not shown" if low <= 0 <= high else "shown" if low * said > 0 else "contradicted")
+            verdict = ""
+            if name != first and said and not np.isnan(low):
+                verdict = shown(low, high) if said > 0 else shown(-high, -low)
             table.append({"figure": figure, "variant": name, "paper": variants[name],
                           "values": list(after.values()), "verdict": verdict,
                           "gain": gain, "low": low, "high": high,
@@ -85,7 +87,7 @@ def show(table):
 
 
 def phase_table(rows):
-    """Rows of --phase -> a dict for each noise level and target: settings, mean and half of the
+    """Rows of phase.csv -> a dict for each noise level and target: settings, mean and half of the
     95 % interval; gain, low, high: next step minus this target, paired by seed."""
     table = []
     for noise in sorted({row["noise_level"] for row in rows}, key=float):
@@ -111,27 +113,38 @@ def show_phase(table):
               f"{row['seeds']:5d} {rates} {gains}")
 
 
+def shown(low, high):
+    """What the 95 % interval of a difference says that should be above 0."""
+    return "shown" if low > 0 else "contradicted" if high < 0 else "not shown"
+
+
 def sde_over_ode(rows):
-    """Rows of sde.py -> [(comparison, its paired difference), ...]. The verdict on SDE and ODE: is
-    the better of the two ODE's errors behind?"""
+    """Rows of sde.py -> [(comparison, its paired difference and verdict), ...]: the SDE less each
+    other rollout of its noise, and at 0.5 less the ODE at its best noise, 0.2."""
+    def rates(rollout, target, noise):
+        return by_seed(rows, rollout=rollout, target=target, noise_level=noise)
+
     found = []
     for noise in sorted({row["noise_level"] for row in rows}, key=float):
-        arms = {(row["rollout"], row["target"]): by_seed(
-            rows, rollout=row["rollout"], target=row["target"], noise_level=row["noise_level"])
-            for row in rows if row["noise_level"] == noise or row["target"] == "adaptive"}
-        sde = arms.pop(("sde", "endpoint"), {})
-        for (rollout, target), own in arms.items():
-            gain, low, high = common.difference(sde, own) if sde else [np.nan] * 3
-            found.append((f"sde - {rollout} ({target}), noise {noise}", {
-                "seeds": len(own), "gain": gain, "low": low, "high": high, "verdict": (
-                    "shown" if low > 0 else "contradicted" if high < 0 else "not shown")}))
+        sde = rates("sde", "endpoint", noise)
+        others = [("uncorrected", "endpoint", noise), ("ode", "endpoint", noise),
+                  ("ode", "adaptive", "0.2")]                    # whose error knows no noise
+        if noise == "0.5":
+            others.append(("ode", "endpoint", "0.2"))
+        for other in others:
+            if sde and rates(*other):
+                gain, low, high = common.difference(sde, rates(*other))
+                at = " of 0.2" if other == ("ode", "endpoint", "0.2") and noise != "0.2" else ""
+                found.append((f"sde - {other[0]} ({other[1]}){at}, noise {noise}", {
+                    "seeds": len(sde), "gain": gain, "low": low, "high": high,
+                    "verdict": shown(low, high)}))
     return found
 
 
 def verdicts(folder):
     """Every paired difference of the csv files in a folder, in success -> verdicts.csv."""
     found = [(f"{name}: next - {row['target']}, noise {row['noise_level']}", row)
-             for name in ("phase", "phase_robot")
+             for name in ("phase", "phase_robot", "robot")
              for row in phase_table(common.read(folder / f"{name}.csv"))]
     found += sde_over_ode(common.read(folder / "sde.csv"))
     found += [(f"{row['figure']}: {row['variant']} - {next(iter(FIGURES[row['figure']]))}", row)
