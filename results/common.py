@@ -177,7 +177,8 @@ def add_toy_flags(parser, out):
     """What every study of the toy world asks: which seeds, how long, how many at a time, where."""
     add = parser.add_argument
     add("--seeds", type=flags.positive_int, default=8, help="how many seeds")
-    add("--first-seed", type=flags.natural, default=0, help="seed of SFT, rollouts and updates")
+    add("--first-seed", type=flags.natural, default=0,
+        help="the first of them: seed of SFT, rollouts and updates")
     add("--iterations", type=flags.positive_int, default=160, help="RL iterations")
     add("--episodes", type=flags.positive_int, default=512, help="episodes per iteration")
     add("--jobs", type=flags.positive_int, default=cores(), help="runs at a time, one core each")
@@ -187,7 +188,8 @@ def add_toy_flags(parser, out):
 def check_toy_flags(parser, args):
     """Reported seeds are none of the tuning's; --out is made."""
     if args.first_seed + args.seeds > ROUNDS[0][0]:
-        parser.error(f"--seeds {args.seeds}: seeds from {ROUNDS[0][0]} on are for tuning")
+        parser.error(f"--first-seed {args.first_seed}, --seeds {args.seeds}: seeds from "
+                     f"{ROUNDS[0][0]} on are for tuning")
     parser.make_folder("--out", args.out)
 
 
@@ -196,7 +198,8 @@ def tune_and_play(variants, grid, run, args, name, score="after"):
     Saves NAME.csv and, if there was a choice, NAME_tuning.csv."""
     torch.set_num_threads(1)  # on nets this small, threads only wait for each other
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    for seed in [*seeds, *(s for played in ROUNDS for s in played if len(grid) > 1)]:
+    tuned_on = sum(ROUNDS, ()) if len(grid) > 1 else ()
+    for seed in [*seeds, *tuned_on]:
         importlib.import_module("01_flow_policy").toy_policy(seed)  # once, before workers need it
     best = grid * len(variants) if len(grid) == 1 else tune(
         variants, grid, run, args.out / f"{name}_tuning.csv", args.jobs, score)

@@ -160,7 +160,8 @@ def test_the_two_commands_of_the_page_are_as_ci_wants_them():
     """CI runs the second one as it stands: it greps for a line of this form."""
     install = "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
     lines = code(README).split("\n")
-    for command in (".venv/bin/python 03_step_loss.py", ".venv/bin/python -m pytest -q tests"):
+    for command in (".venv/bin/python 03_step_loss.py",
+                    ".venv/bin/python -m pytest -q -n 2 --dist loadfile tests"):
         assert lines.count(install + command) == 1
 
 

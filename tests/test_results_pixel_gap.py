@@ -172,6 +172,7 @@ def study_in(folder, monkeypatch, capsys, *flags):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(common, "ROUNDS", ((100,), (101,)))
     monkeypatch.setattr(pixel_gap, "TESTED", (10, 10))
+    monkeypatch.setattr(pixel_gap, "grid", lambda algo, grid=pixel_gap.grid: grid(algo)[:4])
     monkeypatch.setattr(pixel_gap, "episode_seeds", lambda split, count, *rest, **more: (
         episode_seeds(split, min(count, 32), *rest, **more)))      # 512 watch a critic
     monkeypatch.setitem(compare.PIXEL_GAP, "sft_steps", 3)

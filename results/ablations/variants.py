@@ -46,7 +46,8 @@ def explore_uncorrected(policy, num_steps, noise_level):
 
 def explore_ode(policy, num_steps, noise_level):
     """No noise on the way, so no step to learn from: x_t are fresh noisings of the x_0 that the ODE
-    found, one at every t_k, with the velocity there (DiffusionNFT). No x_next follows from them."""
+    found, one at every t_k, with the velocity there (DiffusionNFT). So x[:, k + 1] is another
+    noising, no successor of x[:, k]: for the endpoint only."""
     @torch.no_grad()
     def act(obs):
         x_0, ctx = flow.ode_sample(policy, obs, num_steps), policy.encode(obs)    # (B, H, A)
@@ -85,8 +86,8 @@ def next_mean_error(v, x_t, x_0, t_cur, t_next, sigma, corrected=True):
 
 
 def adaptive_error(v, x_t, x_0, t_cur, t_next, sigma):
-    """The endpoint's E(v), not divided by the variance of a step but by its own mean distance, as
-    DiffusionNFT does, through which no gradient flows: (B, H)."""
+    """The endpoint's E(v), not divided by the variance of a step but by its own mean distance over
+    the chunk (a constant for the gradient), as DiffusionNFT does: (B, H)."""
     off = x_0 - (x_t - t_cur[:, None, None] * v)                                  # (B, H, A)
     return (off.pow(2) / off.detach().abs().mean((1, 2), keepdim=True).clamp(min=1e-5)).sum(-1)
 

@@ -1,11 +1,11 @@
 """What a critic costs: pi-StepNFT, PPO and GRPO on PixelGap, in and out of distribution.
 
-The paper: in distribution equal, out of it a critic is worse, because it overfits. Here all three
-start from the same clone, play the same starts, 8 episodes from each, train on one denoising step
-of a chunk and pass at most as often over it, each at the settings that suit it. GRPO is PPO without
-the critic; pi-StepNFT has another loss and what goes with it, noise in all K steps of a chunk and
-an old policy that follows. A network may memorise which of PixelGap's 64 textures has which gap, or
-look at the wall.
+The paper: in distribution equal, out of it a critic is worse, because it overfits. Here all four
+start from the same clone, play the same starts, 8 episodes from each, and pass at most as often
+over the chunks, each at the settings that suit it. GRPO is PPO without the critic; ppo-action is
+PPO with its noise on the executed chunk, none in the denoising steps; pi-StepNFT has another loss
+and what goes with it, noise in all K steps of a chunk and an old policy that follows. A network may
+memorise which of PixelGap's 64 textures has which gap, or look at the wall.
 
 Each method is tuned for success in distribution alone (results/common.py). Then 12 seeds are tested
 every 20 iterations. A method that is better in distribution is usually better out of it, too; so
@@ -13,7 +13,7 @@ two methods are compared where both are equally good in distribution: see `match
 statistic in results/pixel_gap/README.md, fixed before the run. Whether the critic overfits at all
 is measured, too, also with 16 and 256 scenes.
 
-Run:     python results/pixel_gap/run.py              (120 runs, 40 s each on one core)
+Run:     python results/pixel_gap/run.py              (156 runs, a minute each on one core)
          python results/pixel_gap/run.py --seeds 3 --iterations 20 --out runs/pixel_gap
 Saves:   results/pixel_gap/{tuning.csv, main.csv, dose.csv, verdicts.csv, pixel_gap.png}
 """
