@@ -62,16 +62,18 @@ def texture_charts(wedges):
     return connected_components(links, directed=False)[1][a]
 
 
-def texture_seams(faces, wedges):
-    """Edges (E, 2) at which two pieces of the texture meet, and a face (E,) of each."""
+def rims(faces, wedges):
+    """Edges (E, 2) at which the surface ends or two pieces of the texture meet, and a face (E,) of
+    each."""
     sides = [[0, 1], [1, 2], [2, 0]]
     edges, ends = (np.concatenate([each[:, side] for side in sides]) for each in (faces, wedges))
     turned = edges[:, 0] > edges[:, 1]
     edges[turned], ends[turned] = edges[turned, ::-1], ends[turned, ::-1]
+    _, beside = np.unique(edges, axis=0, return_counts=True)                     # faces of an edge
     kinds, row = np.unique(np.hstack([edges, ends]), axis=0, return_index=True)
-    _, first, count = np.unique(kinds[:, :2], axis=0, return_index=True, return_counts=True)
-    seams = first[count > 1]                     # the two faces of this edge disagree on its ends
-    return kinds[seams, :2], row[seams] % len(faces)
+    _, first, views = np.unique(kinds[:, :2], axis=0, return_index=True, return_counts=True)
+    found = first[(beside == 1) | (views > 1)]       # more views: its faces disagree on its ends
+    return kinds[found, :2], row[found] % len(faces)
 
 
 def collapse(points, faces, tolerance, most):
@@ -82,7 +84,10 @@ def collapse(points, faces, tolerance, most):
     _, left, steps = library.simplify(scaled, faces, target_count=4, agg=0.0,
                                       return_collapses=True)
     if len(left) > most:
-        _, _, steps = library.simplify(scaled, faces, target_count=most, return_collapses=True)
+        _, left, further = library.simplify(scaled, faces, target_count=most,
+                                            return_collapses=True)
+        # a room of open sheets is locked by its borders, and only gets holes
+        steps = further if len(left) <= most else steps
     moved, _, place = library.replay_simplification(scaled, faces, steps)
     return place, moved * tolerance / np.sqrt(1e-9)
 
@@ -96,19 +101,20 @@ def simplify(mesh, tolerance=TOLERANCE, most=MOST):
     faces, face_normal, face_uv = faces[real], mesh.face_normal[real], mesh.face_uv[real]
     facing = directions(points, faces)
 
-    every_point, every_face = points, faces
+    wedges = faces
     if mesh.uvs is not None:
         uv = mesh.uvs[face_uv].astype(float)                                        # (F, 3, 2)
         corners = np.hstack([faces.reshape(-1, 1), uv.reshape(-1, 2)])
         wedges = np.unique(corners, axis=0, return_inverse=True)[1].reshape(-1, 3)
-        # A face across a seam would show a wrong piece of the texture. So a fin stands upright on
-        # each seam: its rim is a border, and from a border the library collapses along it only.
-        seams, beside = texture_seams(faces, wedges)
-        a, b = points[seams[:, 0]], points[seams[:, 1]]
-        tips = (a + b) / 2 + facing[beside] * np.linalg.norm(b - a, axis=1, keepdims=True)
-        fins = np.column_stack([seams, len(points) + np.arange(len(seams))])
-        every_point = np.concatenate([points, tips])
-        every_face = np.concatenate([faces, fins]).astype(np.int32)
+    # A face across a seam would show a wrong piece of the texture, and a sheet would shrink. So a
+    # fin stands upright on each rim: it has free edges, and the library collapses these only along
+    # themselves.
+    rim, beside = rims(faces, wedges)
+    a, b = points[rim[:, 0]], points[rim[:, 1]]
+    tips = (a + b) / 2 + facing[beside] * np.linalg.norm(b - a, axis=1, keepdims=True)
+    fins = np.column_stack([rim, len(points) + np.arange(len(rim))])
+    every_point = np.concatenate([points, tips])
+    every_face = np.concatenate([faces, fins]).astype(np.int32)
 
     place, moved = collapse(every_point, every_face, tolerance, most)
     place = place[:len(points)]

@@ -67,6 +67,25 @@ def test_the_texture_stays_in_its_place():
     assert (u == 0).any() and (u == 1).any()
 
 
+@pytest.mark.parametrize("textured", [True, False])
+def test_a_sheet_keeps_its_outline(textured):
+    """A round table top: flat, so nothing but its rim needs a vertex, and open."""
+    ball = sphere()
+    disc = ball._replace(vertices=ball.vertices * [10, 10, 0])
+    upper = disc.face[ball.vertices[ball.face].mean(axis=1)[:, 2] > 0]
+    disc = disc._replace(face=upper, face_normal=ball.face_normal[upper[:, 0] // 3],
+                         face_uv=ball.face_uv[upper[:, 0] // 3])
+    mesh = disc if textured else disc._replace(uvs=None)
+
+    def area(faces):
+        a, b, c = np.moveaxis(mesh.vertices[faces], 1, 0)
+        return np.cross(b - a, c - a)[:, 2].sum() / 2  # what is turned over counts < 0
+
+    face, _, _ = libero_meshes.simplify(mesh)
+    assert len(face) < len(upper) / 5
+    assert area(face) == pytest.approx(area(upper), rel=0.01)
+
+
 # ------------------------------------------------------------------------------------------------
 # The cache
 

@@ -57,7 +57,7 @@ def timed(sim):
     return images.astype(int), 1000 * (time.process_time() - start)
 
 
-def compare(suite, task, gl, size):
+def compare(suite, task, gl, size, steps=STEPS):
     """-> a row of meshes.csv, but for the memory."""
     sims = [libero.LiberoSim(suite, task, "rgb", gl=gl, size=size, meshes=m) for m in MESHES]
     sim, twin = sims
@@ -68,7 +68,7 @@ def compare(suite, task, gl, size):
     for start in STARTS:
         sim.reset(start)
         expert = libero.ScriptedExpert(sim, np.random.default_rng(0))
-        for step in range(STEPS):
+        for step in range(steps):
             if step % EVERY == 0:
                 # the same pose under both renderers
                 twin.env.sim.set_state_from_flattened(sim.env.sim.get_state().flatten())
