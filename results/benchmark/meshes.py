@@ -6,7 +6,7 @@ pixel of the simple ones is off, of 255; `far`: the share that is off by more th
 each for the agent's camera and the hand's. `faces`, `vertices`: what is drawn, three vertices a
 face. `mib`: memory of a worker's process that holds this simulator.
 
-Run:     python results/benchmark/meshes.py                  (about 2 minutes on one core)
+Run:     python results/benchmark/meshes.py                  (about 5 minutes on one core)
 Saves:   results/benchmark/meshes.csv
 """
 
