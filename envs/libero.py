@@ -23,7 +23,9 @@ from xml.etree import ElementTree
 import gymnasium as gym
 import numpy as np
 
-from envs.libero_import import find_gl, import_libero, lend_folders
+from envs.libero_import import (find_gl, import_libero, in_software,  # noqa: F401
+                                lend_folders)
+from envs.libero_meshes import simple_meshes
 from envs.workers import ChunkEnv, Workers, tokens
 
 TASK, NUM_OFFICIAL = 2**32, 50
@@ -264,10 +266,11 @@ class LiberoSim:
     over the table), `heading` 2, drawer or knob opening 1, and zeros up to state_dim, so that one
     policy fits all tasks of a suite. What a few demos do not need would only mislead their clone:
     other objects, full rotations. With obs="rgb" instead ["rgb"], (2, 3, size, size) uint8: agent
-    and wrist camera. gl: "egl" or "osmesa" to draw.
+    and wrist camera. gl: "egl" or "osmesa" to draw; meshes: "full" as LIBERO's are, or "simple".
     """
 
-    def __init__(self, suite, task, obs="state", state_dim=None, gl=None, size=128):
+    def __init__(self, suite, task, obs="state", state_dim=None, gl=None, size=128,
+                 meshes="full"):
         tasks, files, problems = read_suite(suite)
         self.instruction, self.facts, self.entities = problems[task]
         self.obs, self.state_dim = obs, state_dim or state_size(suite, obs)
@@ -298,10 +301,13 @@ class LiberoSim:
         self.renderer = None
         if gl:
             self.model.vis.global_.offwidth = self.model.vis.global_.offheight = size
-            self.renderer = mujoco.Renderer(self.model, size, size)
+            simple = meshes == "simple"
+            with simple_meshes(self.model) if simple else contextlib.nullcontext():
+                self.renderer = mujoco.Renderer(self.model, size, size)
             atexit.register(self.renderer.close)  # before EGL itself ends
             self.option = mujoco.MjvOption()
             self.option.geomgroup[0] = 0  # hide collision shapes
+            self.site_groups = self.option.sitegroup.copy()
             self.env.visualize(dict.fromkeys(self.env._visualizations, False))  # hide markers
 
     def place(self, seed):
@@ -440,6 +446,8 @@ class LiberoSim:
         """-> (2, 3, size, size) uint8, the pixels of LIBERO's OffScreenRenderEnv turned by 180
         degrees as VLA data sets have them: upright, but left and right are swapped."""
         self.env._post_process()  # a burning stove glows
+        # drawing sites that nobody sees would take a tenth of the time
+        self.option.sitegroup[:] = self.site_groups * (self.model.site_rgba[:, 3] > 0).any()
         images = []
         for camera in ("agentview", "robot0_eye_in_hand"):
             self.renderer.update_scene(self.data, camera, self.option)
@@ -461,11 +469,11 @@ class LiberoSim:
 class TaskSims:
     """All tasks of a run behind one reset(seed): what ChunkEnv drives in a worker.
 
-    view: obs, state_dim, gl and size of LiberoSim. A task's simulator is built when its first
-    episode comes (a second or two, 120 MB, with cameras 250 MB) and kept. With demo_noise it also
-    observes the scripted expert's action (7,), and adds bursts of noise to what is executed, pushes
-    in one direction for 5 to 10 steps: so the demos show how to come back, too. published: which
-    `sentence` a task has.
+    view: obs, state_dim, gl, size and meshes of LiberoSim. A task's simulator is built when its
+    first episode comes (a second or two, 120 MB, with cameras 250 MB) and kept. With demo_noise it
+    also observes the scripted expert's action (7,), and adds bursts of noise to what is executed,
+    pushes in one direction for 5 to 10 steps: so the demos show how to come back, too. published:
+    which `sentence` a task has.
     """
 
     def __init__(self, suite, demo_noise=None, published=False, **view):
@@ -518,12 +526,13 @@ def pinned(tasks, num_envs):
 
 def make_workers(suite, tasks, num_envs, obs="state", state_dim=None, horizon=1, action_repeat=1,
                  max_steps=140, demo_noise=None, image_size=128, gl=None, film=None,
-                 published=False):
+                 published=False, meshes="full"):
     """-> Workers on these tasks (numbers); its actions are chunks (N, horizon, 7).
 
     Observes state (S,) float32, tokens (128,) uint8 and, with obs="rgb", rgb (2, 3, size, size)
     uint8. With demo_noise also action (7,) float32, the scripted expert's, and each action of a
     chunk is executed once. film: a folder for a video of each episode. published: see `sentence`.
+    meshes: "full" or "simple", see envs/libero_meshes.py.
     """
     gl = (gl or find_gl()) if obs == "rgb" or film else None
     box, size = gym.spaces.Box, 256 if film and obs == "state" else image_size
@@ -534,7 +543,7 @@ def make_workers(suite, tasks, num_envs, obs="state", state_dim=None, horizon=1,
     if demo_noise is not None:
         space["action"], action_repeat = box(-1, 1, (ACTION_DIM,)), 1
     make_sim = functools.partial(TaskSims, suite, demo_noise, published=published, obs=obs,
-                                 state_dim=state_dim, gl=gl, size=size)
+                                 state_dim=state_dim, gl=gl, size=size, meshes=meshes)
     make_env = functools.partial(ChunkEnv, make_sim, gym.spaces.Dict(space), ACTION_DIM, max_steps,
                                  horizon, action_repeat, film)
     return Workers(make_env, num_envs, pinned(tasks, num_envs), episode_name)

@@ -10,7 +10,6 @@ with several users, in a container, under torchrun each of these ends in a trace
 import atexit
 import contextlib
 import importlib
-import importlib
 import importlib.util
 import logging.handlers
 import os
@@ -86,15 +85,25 @@ def lend(variables):
 # Drawing
 
 
-def draw(gl, environ):
-    """Draws nothing with "egl" or "osmesa" in a process of its own -> None, or what went wrong. A
-    library may load and still find no device."""
-    attempt = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')).render()"
+def attempt(gl, environ, then=""):
+    """Draws nothing with "egl" or "osmesa" in a process of its own, and runs a line of Python."""
+    code = "import mujoco; r = mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>')); "
     environ = {**environ, "MUJOCO_GL": gl, "PYOPENGL_PLATFORM": gl}
-    run = subprocess.run([sys.executable, "-c", attempt], env=environ, capture_output=True,
-                         text=True, errors="replace")
+    return subprocess.run([sys.executable, "-c", code + "r.render(); " + then], env=environ,
+                          capture_output=True, text=True, errors="replace")
+
+
+def draw(gl, environ):
+    """-> None, or what goes wrong in drawing. A library may load and still find no device."""
+    run = attempt(gl, environ)
     told = re.findall(r"^\S*(?:Error|Exception): .*", run.stderr, re.M)
     return (told or [f"exit status {run.returncode}"])[0] if run.returncode else None
+
+
+def in_software(gl):
+    """Whether "egl" or "osmesa" draws on the processor, by one of Mesa's drivers."""
+    run = attempt(gl, os.environ, "from OpenGL import GL; print(GL.glGetString(GL.GL_RENDERER))")
+    return bool(re.search("llvmpipe|softpipe|swrast", run.stdout, re.I))
 
 
 def find_gl():

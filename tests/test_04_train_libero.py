@@ -641,9 +641,9 @@ def test_recorded_demos_are_read_as_asked():
 def test_a_world_is_made_as_the_flags_say():
     args = SimpleNamespace(suite="libero_goal", tasks=[3], num_envs=6, video=2, obs="rgb",
                            state_dim=6, horizon=5, action_repeat=3, image_size=96, max_steps=77,
-                           test_max_steps=None, gl="egl", policy="a/pi0")
+                           test_max_steps=None, gl="egl", policy="a/pi0", meshes="simple")
     told = dict(obs="rgb", state_dim=6, horizon=5, action_repeat=3, image_size=96, gl="egl",
-                published=True)
+                published=True, meshes="simple")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(libero, "make_workers", lambda *names, **more: (names, more))
         for call, names, more in (
@@ -781,6 +781,40 @@ def test_a_policy_can_be_tested_where_its_recorded_demos_are_not(runs, tmp_path)
     assert args.max_steps == libero.TIME_LIMITS["libero_object"]
 
 
+def test_meshes_are_simple_where_software_draws_what_is_learned_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(libero, "find_gl", lambda: "egl")
+    for software, flags, meshes in (
+            (True, "--obs rgb", "simple"), (False, "--obs rgb", "full"), (True, "", "full"),
+            (True, "--video 1", "full"), (True, "--obs rgb --demos .", "full"),
+            (True, "--obs rgb --meshes full", "full"), (False, "--obs rgb --meshes simple",
+                                                        "simple")):
+        monkeypatch.setattr(libero, "in_software", lambda gl: software)
+        args = parse(*flags.split(), "--out", tmp_path)
+        assert args.meshes == args.flags["meshes"] == meshes, flags
+
+
+@pytest.mark.parametrize("stored", ["simple", "full", None])
+def test_meshes_are_those_of_the_checkpoint(stored, runs, tmp_path, monkeypatch):
+    """And a run from before there was the flag saw full ones."""
+    monkeypatch.setattr(libero, "find_gl", lambda: "egl")
+    monkeypatch.setattr(libero, "in_software", lambda gl: True)
+    shutil.copytree(runs / "04", tmp_path / "run")
+    last = tmp_path / "run" / "last.pt"
+    content = torch.load(last, weights_only=True)
+    content["flags"].update(obs="rgb", meshes=stored)
+    if not stored:
+        del content["flags"]["meshes"]
+    torch.save(content, last)
+    for call in (["--resume", "--out", last.parent], ["--eval-only", last]):
+        args = parse(*call)
+        assert args.meshes == args.flags["meshes"] == (stored or "full")
+    other = {"simple": "full"}.get(stored, "simple")
+    assert parse("--eval-only", last, "--meshes", other).meshes == other
+    if stored:
+        with pytest.raises(SystemExit):
+            parse("--resume", "--out", last.parent, "--meshes", other)
+
+
 def test_a_perturbed_suite_may_be_named_by_its_ending(tmp_path):
     args = parse("--eval-suites", "_lan", "libero_object_swap", "--out", tmp_path)
     assert args.eval_suites == ["libero_object_lan", "libero_object_swap"]
@@ -842,7 +876,8 @@ def test_rgb_sft_beats_a_policy_that_sees_nothing(gl):
     """One rendered demo of the expert trains, another is held out."""
     args = SimpleNamespace(suite="libero_object", tasks=[0], obs="rgb", num_demos=2, seed=0, gl=gl,
                            demos="scripted", demo_noise=0.2, image_size=48, num_envs=2, horizon=4,
-                           state_dim=6, action_repeat=1, max_steps=140, policy=None)
+                           state_dim=6, action_repeat=1, max_steps=140, policy=None,
+                           meshes="simple")
     demos = robot.collect_demos(args)
     assert len(demos) == 2 and demos[0][0]["rgb"].shape[1:] == (2, 3, 48, 48)
     losses = []

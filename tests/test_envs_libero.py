@@ -170,7 +170,7 @@ def test_the_workers_of_a_run_are_told_what_they_will_see(monkeypatch):
     told = namedtuple("Told", "make_env num_envs plays name")
     monkeypatch.setattr(libero, "Workers", told)
     run = libero.make_workers("libero_object", [2, 5], 3, obs="rgb", action_repeat=4, gl="egl",
-                              image_size=64, demo_noise=0.5)
+                              image_size=64, demo_noise=0.5, meshes="simple")
     env = run.make_env()
     assert {name: (box.shape, box.dtype.name) for name, box in env.observation_space.items()} == {
         "state": ((6,), "float32"), "tokens": ((128,), "uint8"), "action": ((7,), "float32"),
@@ -180,11 +180,12 @@ def test_the_workers_of_a_run_are_told_what_they_will_see(monkeypatch):
         [True, False, True], [False, True, False]]
     assert run.name is libero.episode_name and run.num_envs == 3
     assert env.make_sim.args == ("libero_object", 0.5)              # the suite, the demo's noise
-    assert env.make_sim.keywords == dict(obs="rgb", state_dim=6, gl="egl", size=64, published=False)
+    assert env.make_sim.keywords == dict(obs="rgb", state_dim=6, gl="egl", size=64, published=False,
+                                         meshes="simple")
     film = libero.make_workers("libero_object", [0], 1, gl="egl", film="folder", action_repeat=4,
                                horizon=3, max_steps=77, state_dim=30, published=True).make_env()
     assert film.make_sim.keywords == dict(obs="state", state_dim=30, gl="egl", size=256,
-                                          published=True)
+                                          published=True, meshes="full")
     assert film.action_repeat == 4 and film.film == "folder" and film.max_steps == 77
     assert film.action_space.shape == (3, 7) and film.observation_space["state"].shape == (30,)
 

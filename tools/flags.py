@@ -202,7 +202,7 @@ def parse_run(parser, argv=None):
         stored = stored_flags(parser, args, path)
         parser.set_defaults(**stored, out=path.parent)
         args = parser.parse_args(argv)
-    for name in stored.keys() - FREE - ({"tasks"} if args.eval_only else set()):
+    for name in stored.keys() - FREE - ({"tasks", "meshes"} if args.eval_only else set()):
         if getattr(args, name) != stored[name]:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: {path} was trained "
                          f"with {stored[name]}; leave the flag out")
