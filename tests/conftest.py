@@ -27,7 +27,10 @@ from envs import gap_world  # noqa: E402  (the line above tells where)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "sim: builds a simulator (`-m 'not sim'`: the inner loop)")
+    config.addinivalue_line("markers", "sim: starts a simulator, a notebook's kernel or a browser "
+                            "(`-m 'not sim'`: the inner loop)")
+    # with pytest-xdist: files in their order; few tests in a file does not mean that they are short
+    config.option.loadscopereorder = False
 
 
 @pytest.fixture(autouse=True)

@@ -344,8 +344,8 @@ MUTANTS = {
         *RUN_FLAGS, in_a_folder(tf.test_a_new_run_keeps_its_flags_as_numbers_and_words))): [
         ("nothing may change", "stored.keys() - FREE", "stored.keys()"),
         ("anything may change", "if getattr(args, name) != stored[name]:", "if False:"),
-        ("a test is of all tasks", '{"tasks"} if args.eval_only else set()', "set()"),
-        ("a run of other tasks goes on", '{"tasks"} if args.eval_only else set()', '{"tasks"}'),
+        ("a test is of all tasks", '{"tasks", "meshes"} if args', '{"meshes"} if args'),
+        ("a run of other tasks goes on", ' if args.eval_only else set()', ""),
         ("a run is written over", "if not stored and", "if False and"),
         ("a clone is exchanged on the way", "if args.resume and args.sft:", "if False:"),
         ("the folder of the test is lost", "**stored, out=path.parent)", "**stored)"),

@@ -30,6 +30,7 @@ def test_there_are_three():
     assert len(NOTEBOOKS) == 3
 
 
+@pytest.mark.sim
 @each
 def test_a_notebook_runs_and_shows_what_it_shows_here(path, tmp_path):
     import nbformat                            # takes a second: not at the top

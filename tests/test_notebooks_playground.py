@@ -20,6 +20,7 @@ PAGE = ROOT / "notebooks/playground.html"
 HTML = PAGE.read_text()
 POLICIES = making.policies_in(HTML)  # a copy of the page's weights, in torch
 WHEN = ("before", "after")
+pytestmark = pytest.mark.sim
 
 
 # ------------------------------------------------------------------------------------------------

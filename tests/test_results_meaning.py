@@ -95,7 +95,7 @@ def test_every_setting_of_the_grid_is_flags_that_05_takes(method, tmp_path):
 
 def test_the_study_tiny_and_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "ROUNDS", ((100,), (101,)))
+    monkeypatch.setattr(common, "ROUNDS", ((100,),))
     monkeypatch.setattr(meaning, "WHILE_TRAINING", 10)
     monkeypatch.setattr(meaning, "AT_THE_END", 20)
     for name, steps in (("eyes", 3), ("clone_of", 5)):

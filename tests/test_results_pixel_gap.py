@@ -172,7 +172,7 @@ def study_in(folder, monkeypatch, capsys, *flags):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(common, "ROUNDS", ((100,), (101,)))
     monkeypatch.setattr(pixel_gap, "TESTED", (10, 10))
-    monkeypatch.setattr(pixel_gap, "grid", lambda algo, grid=pixel_gap.grid: grid(algo)[:4])
+    monkeypatch.setattr(pixel_gap, "grid", lambda algo, grid=pixel_gap.grid: grid(algo)[:3])
     monkeypatch.setattr(pixel_gap, "episode_seeds", lambda split, count, *rest, **more: (
         episode_seeds(split, min(count, 32), *rest, **more)))      # 512 watch a critic
     monkeypatch.setitem(compare.PIXEL_GAP, "sft_steps", 3)
@@ -187,7 +187,7 @@ def test_the_study_tiny_and_again(tmp_path, monkeypatch, capsys):
     told = study_in(tmp_path, monkeypatch, capsys)
     files = {name: common.read(tmp_path / "out" / f"{name}.csv") for name in (
         "tuning", "main", "dose", "verdicts")}
-    assert len(files["tuning"]) == 4 * (4 + 3) and {r["seed"] for r in files["tuning"]} == {
+    assert len(files["tuning"]) == 4 * (3 + 3) and {r["seed"] for r in files["tuning"]} == {
         "100", "101"}
     assert len(files["main"]) == 4 * 2 * 2 and len(files["dose"]) == 2 * 2 * 2
     for row in files["main"]:
