@@ -31,6 +31,7 @@ from envs.gap_world import episode_seeds
 from envs.workers import scripted_demos
 from policies import build_policy, credited, load_policy
 from policies.critic import Critic
+from policies.explore import chunk_log_ratio, noisy_chunk, one_noisy_step
 from tools import flags, ranks, run
 from tools.log import learning_figure, log_row
 
@@ -69,30 +70,8 @@ def update(policy, optimizer, batch, args):
 
 
 # Then PPO with a critic, and GRPO, the same without one. Their likelihood is that of one noisy
-# step: the other steps of a chunk are the ODE's (Flow-SDE, as in the paper's baselines). For
-# ppo-action it is that of the chunk, with noise added at the end.
-
-
-def one_noisy_step(policy, num_steps, noise_level):
-    """An `act` for a world's `play`: `explore` of 03 with noise in one random step, k (B,)."""
-    def act(obs):
-        k = torch.randint(num_steps, (len(obs["state"]),), device=obs["state"].device)
-        noise = noise_level * (torch.arange(num_steps, device=k.device) == k[:, None])  # (B, K)
-        x_0, path = sde.sde_sample(policy, obs, num_steps, noise)
-        return policy.denormalise(x_0), {"k": k, **path._asdict()}
-    return act
-
-
-def noisy_chunk(policy, num_steps, noise_level):
-    """An `act` for a world's `play`: no noise on the way, but on the finished chunk, with standard
-    deviation noise_level in flow units."""
-    def act(obs):
-        x = flow.ode_path(policy, obs, num_steps)                              # (B, K+1, H, A)
-        chunk = x[:, -1] + noise_level * torch.randn_like(x[:, -1])
-        return policy.denormalise(chunk), {"x": x, "chunk": chunk}
-    return act
-
-
+# step: the other steps of a chunk are the ODE's (Flow-SDE, as in the paper's baselines); that of
+# ppo-action is the chunk's. How each explores: noise in every denoising step, in one, on the chunk.
 EXPLORE = {"stepnft": nft.explore, "ppo": one_noisy_step, "grpo": one_noisy_step,
            "ppo-action": noisy_chunk}
 
@@ -137,18 +116,6 @@ def step_log_ratio(policy, part, ctx, args):
     _, _, v_theta, v_old = (steps.pop(name) for name in ("y", "x_0", "v_theta", "v_old"))
     v_theta = credited(policy, v_theta, v_old)
     return log_prob(v_theta, **steps) - log_prob(v_old, **steps)
-
-
-def chunk_log_ratio(policy, part, ctx, args):
-    """The same of the noisy chunk, N(x_0, noise_level^2), over its executed actions: (B,). The ODE
-    is differentiated from x_1 on."""
-    times = sde.time_grid(args.num_steps).to(part["x"].device)
-    x_t = part["x"][:, 0]
-    for t, t_next in zip(times, times[1:]):
-        x_t = x_t - (t - t_next) * policy.velocity(x_t, t.expand(len(x_t)), ctx)
-    new, old = (torch.distributions.Normal(x_0, args.noise_level).log_prob(part["chunk"])
-                for x_0 in (credited(policy, x_t, part["x"][:, -1]), part["x"][:, -1]))
-    return ((new - old) * part["mask"][..., None]).sum((1, 2))
 
 
 def advantages(policy, critic, batch, success, args):
@@ -201,8 +168,7 @@ def ppo_update(policy, critic, optimizer, batch, args, clip=0.2):
                 error = critic(seen, part["elapsed"]) - part["returns"]
                 info["value_loss"] = error.pow(2).mean() / 2
                 loss = loss + info["value_loss"]
-            # the policy's gradient alone is clipped: the critic's must not shorten it (a shared
-            # encoder's is the sum of both)
+            # the policy's gradient alone is clipped: the critic's must not shorten it
             info["grad_norm"] = nft.optimise(policy, optimizer, loss, grad_clip=1.0)
             infos.append({name: value.detach() for name, value in info.items()})
     return nft.mean_info(infos)
@@ -286,11 +252,6 @@ def test_all(policies, args, world):
 # ------------------------------------------------------------------------------------------------
 # Flags, and the run
 
-# No noise on its demos, the expert always arrives; one transition a chunk, as PPO and GRPO have
-PIXEL_GAP = dict(num_demos=48, sft_steps=1500, iterations=160, episodes=512, eval_every=20,
-                 eval_episodes=500, test_episodes=1000, ood_episodes=1000, obs="rgb", max_steps=24,
-                 demo_noise=0.0, transitions="one", out="runs/05_pixel_gap")
-
 
 def parse_args(argv=None):
     """All flags, checked; fills in what depends on the task."""
@@ -302,9 +263,7 @@ def parse_args(argv=None):
         help="offsets of objects and goals, or a camera (needs a Vulkan driver); and the hand")
     add("--sim", default="cpu", choices=["cpu", "gpu"], help="gpu: a scene for each episode of an "
         "iteration, demos on the CPU, nothing but states; not run on a GPU here")
-    add("--algo", default="stepnft", choices=list(EXPLORE),
-        help="the method; PPO with a critic; the group's mean in its place; PPO with its noise on "
-        "the executed actions")
+    add("--algo", default="stepnft", choices=list(EXPLORE), help="how it learns, see above")
     add("--target-kl", type=flags.positive_float, default=0.05,
         help="ppo, ppo-action, grpo: the policy rests once an update has moved it so far")
     add("--scenes", type=flags.positive_int, default=64, help="PixelGap: how many training has")
@@ -315,7 +274,7 @@ def parse_args(argv=None):
                         out="runs/05_train_maniskill", group_size=8, noise_level=0.3,
                         ema=[0.1, 0.5])
     if parser.peek("--task", argv) == "PixelGap":
-        parser.set_defaults(**PIXEL_GAP)
+        parser.set_defaults(**pixel_gap.RUN)
     args = flags.parse_run(parser, argv)
     args.action_repeat, pixels = 1, args.task == "PixelGap"
     if pixels:

@@ -26,6 +26,11 @@ VARIANTS = [("in-distribution", "as in training", {}),
             ("vision", "unseen gaps", {"gaps": "unseen"}),
             ("vision", "unseen textures and gaps", {"textures": "unseen", "gaps": "unseen"}),
             ("execution", "starts farther out", {"starts": (0.8, 1.0)})]
+# 05's defaults here. No noise on its demos, the expert always arrives; one transition a chunk, as
+# PPO and GRPO have
+RUN = dict(num_demos=48, sft_steps=1500, iterations=160, episodes=512, eval_every=20,
+           eval_episodes=500, test_episodes=1000, ood_episodes=1000, obs="rgb", max_steps=24,
+           demo_noise=0.0, transitions="one", out="runs/05_pixel_gap")
 
 
 @functools.cache

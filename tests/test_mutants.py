@@ -456,10 +456,10 @@ MUTANTS = {
         ("the ratio upside down", "(new - old)", "(old - new)"),
         ("masked actions count, too", ' * part["mask"][..., None]', ""),
         ("the mean over actions and dims, not the sum", ".sum((1, 2))", ".mean((1, 2))"),
-        ("the ODE is not differentiated", "(t - t_next) * policy.velocity(x_t,",
-         "(t - t_next) * policy.velocity(x_t.detach(),"),
+        ("the ODE is not differentiated", "dt * policy.velocity(x_t,",
+         "dt * policy.velocity(x_t.detach(),"),
         ("from the end of the path", 'part["x"][:, 0]', 'part["x"][:, 1]'),
-        ("another width", "Normal(x_0, args.noise_level)", "Normal(x_0, 2 * args.noise_level)"),
+        ("another width", "Normal(mean, args.noise_level)", "Normal(mean, 2 * args.noise_level)"),
     ],
     (compare, "ppo_update", PPO_TESTS): [
         ("the sign of the objective", "loss = -torch.minimum", "loss = torch.minimum"),

@@ -18,7 +18,7 @@ pi0, common = map(importlib.import_module, ("results.pi0.run", "results.common")
 def test_its_loop_is_that_of_05(tmp_path, monkeypatch, capsys):
     """With 05's own small policy in the place of pi0: the policy that 05 saves, to the last bit."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(pi0.critics.PIXEL_GAP, "sft_steps", 50)
+    monkeypatch.setitem(pi0.critics.pixel_gap.RUN, "sft_steps", 50)
     rest = ("--task PixelGap --seed 3 --transitions all --iterations 3 --episodes 16 --eval-every "
             "2 --eval-episodes 8 --test-episodes 8 --device cpu").split()
     monkeypatch.setattr(sys, "argv", ["05_train_maniskill.py", *rest, "--out", "theirs"])

@@ -144,7 +144,7 @@ def test_its_loop_is_that_of_05(flags, tmp_path, monkeypatch, capsys):
     """From one clone, with the same flags, to the last bit: the policy that 05 saves, and the
     success that it validates."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(compare.PIXEL_GAP, "sft_steps", 50)
+    monkeypatch.setitem(compare.pixel_gap.RUN, "sft_steps", 50)
     sft = pixel_gap.clone_of(3, 16)
     rest = (f"--task PixelGap --seed 3 --scenes 16 --iterations 3 --episodes 16 --eval-every 2 "
             f"--eval-episodes 20 --test-episodes 8 --device cpu --sft {sft} {flags}").split()
@@ -175,7 +175,7 @@ def study_in(folder, monkeypatch, capsys, *flags):
     monkeypatch.setattr(pixel_gap, "grid", lambda algo, grid=pixel_gap.grid: grid(algo)[:3])
     monkeypatch.setattr(pixel_gap, "episode_seeds", lambda split, count, *rest, **more: (
         episode_seeds(split, min(count, 32), *rest, **more)))      # 512 watch a critic
-    monkeypatch.setitem(compare.PIXEL_GAP, "sft_steps", 3)
+    monkeypatch.setitem(compare.pixel_gap.RUN, "sft_steps", 3)
     monkeypatch.setattr(sys, "argv", ["run.py", "--seeds", "2", "--dose-seeds", "1",
                                       "--iterations", "1", "--episodes", "8", "--jobs", "1",
                                       "--out", "out", *flags])

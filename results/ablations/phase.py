@@ -8,9 +8,7 @@ Run:     python results/ablations/phase.py             (576 runs, about 10 s eac
 Saves:   results/ablations/{phase.csv, phase_tuning.csv, verdicts.csv}
 """
 
-import contextlib
 import importlib
-import io
 import sys
 import time
 from pathlib import Path
@@ -26,16 +24,12 @@ EMAS = ("0.1 0.1", "0.1 0.995", "0.9 0.9", "0.9 0.995")   # START END, as --ema 
 
 
 def run(job):
-    """A job -> the rest of its row. It may be in a worker process, so it prints nothing."""
-    args, start = variants.settings(job), time.time()
-    with contextlib.redirect_stdout(io.StringIO()):
-        sft, after = variants.score(variants.train(args), args)
-    return {"sft": sft, "after": after, "test_episodes": variants.TEST_EPISODES,
-            "seconds": round(time.time() - start), **common.origin(
-                f"results/ablations/phase.py --targets {args.target} --ema '{job['ema']}' "
-                f"--seeds 1 --first-seed {args.seed} --lr {args.lr:g} "
-                f"--iterations {args.iterations} --episodes {args.episodes} "
-                f"--noise-levels {args.noise_level:g}")}
+    """A job -> the rest of its row."""
+    args = variants.settings(job)
+    return variants.row_of(
+        args, f"results/ablations/phase.py --targets {args.target} --ema '{job['ema']}' "
+        f"--seeds 1 --first-seed {args.seed} --lr {args.lr:g} --iterations {args.iterations} "
+        f"--episodes {args.episodes} --noise-levels {args.noise_level:g}")
 
 
 def main():

@@ -12,9 +12,7 @@ Saves:   results/ablations/{ablations.csv, ablations_tuning.csv, ablations.png, 
 """
 
 import argparse
-import contextlib
 import importlib
-import io
 import sys
 import time
 from pathlib import Path
@@ -27,15 +25,12 @@ from tools import flags  # noqa: E402  (the lines above tell where)
 
 
 def run(job):
-    """A job -> the rest of its row. It may be in a worker process, so it prints nothing."""
-    args, start = variants.settings(job), time.time()
-    with contextlib.redirect_stdout(io.StringIO()):
-        sft, after = variants.score(variants.train(args), args)
-    return {"sft": sft, "after": after, "test_episodes": variants.TEST_EPISODES,
-            "seconds": round(time.time() - start), **common.origin(
-                f"results/ablations/run.py {job['variant']} --seeds 1 --first-seed {args.seed} "
-                f"--lr {args.lr:g} --iterations {args.iterations} --episodes {args.episodes} "
-                f"--noise-level {args.noise_level:g}")}
+    """A job -> the rest of its row."""
+    args = variants.settings(job)
+    return variants.row_of(
+        args, f"results/ablations/run.py {job['variant']} --seeds 1 --first-seed {args.seed} "
+        f"--lr {args.lr:g} --iterations {args.iterations} --episodes {args.episodes} "
+        f"--noise-level {args.noise_level:g}")
 
 
 def variant(text):

@@ -9,9 +9,7 @@ Run:     python results/ablations/sde.py               (147 runs, about 15 s eac
 Saves:   results/ablations/{sde.csv, sde_tuning.csv, verdicts.csv}
 """
 
-import contextlib
 import importlib
-import io
 import sys
 import time
 from pathlib import Path
@@ -28,12 +26,8 @@ GRID = [{"ema": ema, "lr": lr} for ema in ("0.9 0.9", "0.9 0.995") for lr in (3e
 
 
 def run(job):
-    """A job -> the rest of its row. It may be in a worker process, so it prints nothing."""
-    args, start = variants.settings(job), time.time()
-    with contextlib.redirect_stdout(io.StringIO()):
-        sft, after = variants.score(variants.train(args), args)
-    return {"sft": sft, "after": after, "test_episodes": variants.TEST_EPISODES,
-            "seconds": round(time.time() - start), **common.origin("results/ablations/sde.py")}
+    """A job -> the rest of its row."""
+    return variants.row_of(variants.settings(job), "results/ablations/sde.py")
 
 
 def main():

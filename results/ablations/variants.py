@@ -17,10 +17,13 @@ delta.) Adam forgets the factor.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import importlib
+import io
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +31,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-flow, sde, nft = map(importlib.import_module, (
-    "01_flow_policy", "02_sde_sampler", "03_step_loss"))
+flow, sde, nft, common = map(importlib.import_module, (
+    "01_flow_policy", "02_sde_sampler", "03_step_loss", "results.common"))
 from envs import gap_world  # noqa: E402  (the lines above tell where)
 
 # ------------------------------------------------------------------------------------------------
@@ -216,3 +219,13 @@ def score(policies, args):
     test = gap_world.episode_seeds("test", TEST_EPISODES)
     return [flow.evaluate(policy, gap_world.GapWorld(), test, args.num_steps).mean()
             for policy in policies]
+
+
+def row_of(args, command):
+    """Trains and scores -> what a csv keeps of it, with the command that would make it again. It
+    may be in a worker process, so it prints nothing."""
+    start = time.time()
+    with contextlib.redirect_stdout(io.StringIO()):
+        sft, after = score(train(args), args)
+    return {"sft": sft, "after": after, "test_episodes": TEST_EPISODES,
+            "seconds": round(time.time() - start), **common.origin(command)}

@@ -46,7 +46,7 @@ class AskedPolicy(SmallImagePolicy):
 
 
 class SharedCritic(Critic):
-    """A critic whose error trains the policy's encoder, too."""
+    """A critic whose error trains the encoder, too; the gradients of both are clipped as one."""
 
     def forward(self, ctx, elapsed):
         return self.net(torch.cat([ctx, elapsed[:, None]], -1))[:, 0]
