@@ -35,10 +35,10 @@ def chunk_log_ratio(policy, part, ctx, args):
     """log of the new over the old likelihood of each row's chunk, N(x_0, noise_level^2), over its
     executed actions: (B,). x_0 is where the policy's ODE leads from the recorded x_1 on, so a
     gradient goes through all its steps."""
-    x_t, dt = part["x"][:, 0], 1 / args.num_steps
-    for k in range(args.num_steps):
-        t = torch.full((len(x_t),), 1 - k * dt, device=x_t.device)             # (B,)
-        x_t = x_t - dt * policy.velocity(x_t, t, ctx)
+    x_t, times = part["x"][:, 0], sde.time_grid(args.num_steps).to(part["x"].device)
+    for t, t_next in zip(times, times[1:]):
+        v = policy.velocity(x_t, t.expand(len(x_t)), ctx)
+        x_t, _ = sde.transition(x_t, v, t, t_next, sigma=0)      # without noise: the ODE's step
     x_0 = part["x"][:, -1]
     new, old = (torch.distributions.Normal(mean, args.noise_level).log_prob(part["chunk"])
                 for mean in (credited(policy, x_t, x_0), x_0))
